@@ -1,0 +1,35 @@
+"""Refines flow-matching policies by a critic, within a KL measured from their own velocity."""
+
+from .flows import (
+    AbstractAffineGaussianPath as AbstractAffineGaussianPath,
+    AbstractFlowPolicy as AbstractFlowPolicy,
+    AbstractPolicy as AbstractPolicy,
+    fit_flow as fit_flow,
+    flow_matching_loss as flow_matching_loss,
+    FlowPolicy as FlowPolicy,
+    GaussianMixtureVelocity as GaussianMixtureVelocity,
+    LinearPath as LinearPath,
+    VelocityMLP as VelocityMLP,
+)
+from .geometry import (
+    AbstractMetric as AbstractMetric,
+    AbstractScore as AbstractScore,
+    AveragedFisher as AveragedFisher,
+    Euclidean as Euclidean,
+    FisherRao as FisherRao,
+    ObservedInformation as ObservedInformation,
+    PaperScore as PaperScore,
+    PerturbedScore as PerturbedScore,
+    ScoreOuterProduct as ScoreOuterProduct,
+    TransportKL as TransportKL,
+    TransportTerms as TransportTerms,
+)
+from .refinement import (
+    AbstractDisplacement as AbstractDisplacement,
+    AbstractRefinement as AbstractRefinement,
+    BestOf as BestOf,
+    NaturalStep as NaturalStep,
+    refine as refine,
+    RefinedPolicy as RefinedPolicy,
+    Residual as Residual,
+)

@@ -1,0 +1,42 @@
+"""The divergence of a vector field on arrays of any shape, exact or estimated."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+def value_and_jacobian(
+    field: Callable[[Array], Array], x: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "size size"]]:
+    """Returns `field(x)`, and its Jacobian with both arguments flattened.
+
+    One evaluation and as many forward-mode products as `x` has entries.
+    """
+    basis = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
+    value, push = jax.linearize(field, x)
+    columns = jax.vmap(push)(basis).reshape(x.size, x.size)
+    return value, columns.T
+
+
+def value_and_divergence(
+    field: Callable[[Array], Array],
+    x: Float[Array, "..."],
+    probes: Float[Array, "probes ..."] | None = None,
+) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """Returns `field(x)` and its divergence, exact if `probes` is `None`.
+
+    With probes the divergence is Hutchinson's estimate `mean(zᵀ J z)`.
+    """
+    if probes is None:
+        value, jacobian = value_and_jacobian(field, x)
+        return value, jnp.trace(jacobian)
+    value, push = jax.linearize(field, x)
+    return value, jnp.mean(jax.vmap(lambda z: jnp.vdot(z, push(z)))(probes))
+
+
+def rademacher_probes(num_probes: int, like: Array, key: PRNGKeyArray) -> Float[Array, "..."]:
+    """Random signs, the probes of least variance for Hutchinson's estimate."""
+    return jr.rademacher(key, (num_probes, *like.shape), dtype=like.dtype)

@@ -1,0 +1,99 @@
+"""Checks of arguments, and the few operations on PyTrees that several modules share."""
+
+import inspect
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+
+def check_instance(name: str, value: Any, cls: type, example: str) -> None:
+    """Refuses `value` unless it is an instance of `cls`, and says what to write instead."""
+    if isinstance(value, cls):
+        return
+    if inspect.isclass(value):
+        arrived = f"the class `{value.__name__}` itself, not an instance of it"
+        if issubclass(value, cls):
+            example = f"{value.__name__}()"
+    else:
+        arrived = f"`{value!r}` of type `{type(value).__name__}`"
+    raise ValueError(
+        f"`{name}` must be an instance of `{cls.__name__}`, but got {arrived}. "
+        f"Write `{name}={example}`."
+    )
+
+
+def check_positive_integer(name: str, value: Any, example: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"`{name}` must be an integer of at least 1, but got `{value!r}`. "
+            f"Write `{name}={example}`."
+        )
+
+
+def check_at_least(name: str, value: Any, minimum: float, example: float) -> None:
+    """Refuses numbers below `minimum` and NaN. Traced values are let through."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not np.all(np.asarray(value) >= minimum):  # NumPy, so that it runs under `jit` too
+        raise ValueError(
+            f"`{name}` must be at least {minimum}, but got {value}. Write `{name}={example}`."
+        )
+
+
+def batch_length(name: str, tree: PyTree[Any]) -> int:
+    """The length of the leading axis that all the leaves of `tree` share."""
+    leaves = jax.tree.leaves_with_path(tree)
+    lengths = {
+        name + jax.tree_util.keystr(path): (jnp.shape(leaf)[0] if jnp.ndim(leaf) > 0 else None)
+        for path, leaf in leaves
+    }
+    if len(leaves) == 0 or None in lengths.values():
+        raise ValueError(
+            f"`{name}` must be a batch: every array in it needs a leading batch axis, but got "
+            f"{eqx.tree_pformat(tree)}. For a single observation write "
+            f"`{name}=jax.tree.map(lambda leaf: leaf[None], {name})`."
+        )
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"All the arrays in `{name}` must have the same leading length, but got {lengths}. "
+            f"Write `{name}=jax.tree.map(lambda leaf: leaf[:{min(lengths.values())}], {name})` "
+            "if the surplus rows at the end can go."
+        )
+    (length,) = set(lengths.values())
+    if length == 0:
+        raise ValueError(f"`{name}` is empty. Pass at least one row: `{name}={name}_of_the_data`.")
+    return length
+
+
+def check_equal_lengths(**batches: PyTree[Any]) -> int:
+    """The leading length that all the named batches share."""
+    lengths = {name: batch_length(name, batch) for name, batch in batches.items()}
+    if len(set(lengths.values())) > 1:
+        names = ", ".join(f"`{name}`" for name in lengths)
+        first, shortest = next(iter(lengths)), min(lengths.values())
+        raise ValueError(
+            f"{names} must have the same length, but got {lengths}. "
+            f"Write `{first}={first}[:{shortest}]`, and likewise for the others, if the rows "
+            "that match come first."
+        )
+    return next(iter(lengths.values()))
+
+
+def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
+    """Lays PyTrees of arrays side by side in one vector, for the input of a network."""
+    return jax.flatten_util.ravel_pytree(trees)[0]
+
+
+def finite_or_zero(x: Array) -> tuple[Array, Array]:
+    """`x` where all of it is finite, zero otherwise; and whether it was.
+
+    One bad entry discards the whole of `x`, since a displacement with some of its entries
+    removed points somewhere that nobody asked for.
+    """
+    finite = jnp.all(jnp.isfinite(x))
+    return jnp.where(finite, x, jnp.zeros_like(x)), finite

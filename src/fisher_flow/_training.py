@@ -1,0 +1,74 @@
+"""The loop that everything trained here goes through."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+
+# update(args, state, key, step) -> state, logs
+Update = Callable[[Any, Any, PRNGKeyArray, Array], tuple[Any, dict[str, Array]]]
+
+
+def train(
+    update: Update,
+    args: PyTree[Any],
+    state: PyTree[Any],
+    num_updates: int,
+    *,
+    key: PRNGKeyArray,
+    progress: bool,
+    description: str,
+    num_chunks: int = 50,
+) -> PyTree[Any]:
+    """Applies `update` `num_updates` times, in chunks that run wholly on the device.
+
+    The chunk is compiled once for all of them and for later calls of the same shapes, provided
+    that `update` is a function of a module: a closure would be new, and compiled, at every call.
+    """
+    from tqdm.auto import tqdm  # only here: it is slow to import
+
+    chunk = max(1, math.ceil(num_updates / num_chunks))
+    with tqdm(total=num_updates, desc=description, disable=not progress) as bar:
+        for start in range(0, num_updates, chunk):
+            stop = min(start + chunk, num_updates)
+            state, logs = _run_chunk(update, args, state, jnp.asarray(start), jnp.asarray(stop), key)
+            bar.set_postfix({name: f"{float(value):.3g}" for name, value in logs.items()})
+            bar.update(stop - start)
+    return state
+
+
+@eqx.filter_jit
+def _run_chunk(update, args, state, start, stop, key):
+    arrays, static = eqx.partition(state, eqx.is_array)
+
+    def step(i, carry):
+        arrays, totals = carry
+        state, logs = update(args, eqx.combine(arrays, static), jr.fold_in(key, i), i)
+        return eqx.filter(state, eqx.is_array), jax.tree.map(jnp.add, totals, logs)
+
+    _, logs = eqx.filter_eval_shape(update, args, state, key, start)
+    totals = jax.tree.map(lambda log: jnp.zeros(log.shape, log.dtype), logs)
+    arrays, totals = lax.fori_loop(start, stop, step, (arrays, totals))
+    count = stop - start
+    return eqx.combine(arrays, static), jax.tree.map(lambda total: total / count, totals)
+
+
+def apply_gradient(
+    optimiser: optax.GradientTransformation,
+    gradient: PyTree[Any],
+    optimiser_state: PyTree[Any],
+    model: PyTree[Any],
+) -> tuple[PyTree[Any], PyTree[Any]]:
+    """One step of an Optax optimiser on the inexact arrays of `model`."""
+    updates, optimiser_state = optimiser.update(
+        gradient, optimiser_state, eqx.filter(model, eqx.is_inexact_array)
+    )
+    return eqx.apply_updates(model, updates), optimiser_state

@@ -1,0 +1,9 @@
+from ._best_of import BestOf as BestOf
+from ._method import (
+    AbstractDisplacement as AbstractDisplacement,
+    AbstractRefinement as AbstractRefinement,
+)
+from ._natural_step import NaturalStep as NaturalStep
+from ._refine import refine as refine
+from ._refined_policy import RefinedPolicy as RefinedPolicy
+from ._residual import Residual as Residual

@@ -1,0 +1,111 @@
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from equinox import AbstractVar
+from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from .._custom_types import Action, Critic, Observation
+from .._misc import check_at_least, check_instance
+from ..flows import AbstractFlowPolicy, AbstractPolicy
+from ..geometry import AbstractMetric, TransportKL
+
+
+class AbstractDisplacement(eqx.Module):
+    """Abstract base class for displacements of actions: what a refinement finds."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
+    ) -> Action:
+        """The displacement of one action.
+
+        **Arguments:**
+
+        - `policy`: the policy that is refined.
+        - `critic`: the critic that it is refined by.
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: the action to displace, before its bounds.
+
+        **Returns:**
+
+        The displacement, with the shape and dtype of `action`.
+        """
+
+
+class AbstractRefinement(eqx.Module):
+    """Abstract base class for the ways to find a displacement: the `method` of `refine`."""
+
+    metric: AbstractVar[AbstractMetric]
+    radius: AbstractVar[ScalarLike]
+    measure: AbstractVar[TransportKL]
+
+    @abc.abstractmethod
+    def fit(
+        self,
+        policy: AbstractFlowPolicy,
+        critic: Critic,
+        observations: PyTree[Any] | None,
+        *,
+        key: PRNGKeyArray,
+    ) -> AbstractDisplacement:
+        """Finds the displacement that improves `policy` by `critic`.
+
+        **Arguments:**
+
+        - `policy`: the policy to improve.
+        - `critic`: a function of one observation and one action to a scalar.
+        - `observations`: a batch of observations, or `None`.
+        - `key`: a `jax.random.key`.
+
+        **Returns:**
+
+        The displacement.
+        """
+
+
+def check_method(metric: Any, radius: Any, measure: Any) -> TransportKL:
+    """Checks what all methods have in common, and settles how the KL is measured."""
+    check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")
+    check_at_least("radius", radius, 0, 0.5)
+    if measure is None:
+        # Hold the measured KL to the same estimate of the score as the metric, if it has one.
+        return TransportKL(metric.score) if hasattr(metric, "score") else TransportKL()
+    check_instance("measure", measure, TransportKL, "fisher_flow.TransportKL()")
+    return measure
+
+
+def critic_value(
+    policy: AbstractPolicy, critic: Critic, observation: Observation, action: Action
+) -> Scalar:
+    """The critic at the action that would be executed."""
+    return _scalar_value(critic, observation, policy.project(action))
+
+
+def critic_gradient(
+    policy: AbstractPolicy, critic: Critic, observation: Observation, action: Action
+) -> Action:
+    """The gradient of the critic in the action, at the action that would be executed.
+
+    It is not multiplied by the derivative of the clipping. Actions beyond a bound are thereby
+    pushed back just as those at the bound are, and the field of displacements stays continuous.
+    """
+    executed = policy.project(action)
+    return jax.grad(lambda a: _scalar_value(critic, observation, a))(executed)
+
+
+def _scalar_value(critic: Critic, observation: Observation, action: Action) -> Scalar:
+    value = critic(observation, action)
+    if jnp.shape(value) != ():
+        example = (
+            "lambda observation, action: critic(observation, action).mean()"
+            if jnp.ndim(value) > 0 and jnp.size(value) > 1
+            else "lambda observation, action: critic(observation, action).squeeze()"
+        )
+        raise ValueError(
+            "`critic(observation, action)` must return a scalar for one observation and one "
+            f"action, but it returned shape {jnp.shape(value)}. Write `critic={example}`."
+        )
+    return jnp.asarray(value)

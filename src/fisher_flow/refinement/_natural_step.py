@@ -1,0 +1,265 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from .._custom_types import Action, Critic, Observation
+from .._divergence import value_and_jacobian
+from .._misc import (
+    batch_length,
+    check_at_least,
+    check_instance,
+    check_positive_integer,
+    finite_or_zero,
+)
+from ..flows import AbstractFlowPolicy
+from ..geometry import AbstractMetric, FisherRao, ObservedInformation, TransportKL
+from ._method import AbstractDisplacement, AbstractRefinement, check_method, critic_gradient
+from ._radius import scale_to_radius
+
+
+class NaturalStep(AbstractRefinement):
+    r"""A natural-gradient step in action space: refinement without training.
+
+    $$\delta(a) = \eta\, \bigl(G(a) + \lambda \bar g I\bigr)^{-1} \nabla_a Q(o, a),$$
+
+    where $G$ is the metric, $\bar g$ its mean eigenvalue over actions of the policy and $\lambda$
+    the damping. Among the steps of one cost it is, to first order, the one that gains most.
+
+    The step is then as long as the *measured* KL allows: $\eta$ starts from the length at which
+    the quadratic cost equals the radius, $\eta^2 = 2 \epsilon / \mathbb E[g^\top G^{-1} g]$, and is
+    shortened or lengthened until [`fisher_flow.TransportKL`][] equals it. Where neighbouring
+    actions would cross (a fold), the damping is raised fourfold up to three times, and if that
+    does not help the step is shortened.
+
+    Multiplying the critic by a positive constant, or adding one, changes nothing.
+
+    !!! tip
+
+        With `observations`, damping and length are settled once, and a sample costs one gradient
+        of the critic and one solve with the metric. Without them both are settled anew at every
+        observation, from `num_auxiliary` actions drawn there: nothing needs to be known in
+        advance, every state spends the same KL, and a sample costs some hundred times more.
+    """
+
+    metric: AbstractMetric
+    radius: ScalarLike
+    damping: ScalarLike
+    max_folded: ScalarLike
+    num_auxiliary: int = eqx.field(static=True)
+    num_calibration: int = eqx.field(static=True)
+    solver: lx.AbstractLinearSolver
+    measure: TransportKL
+
+    def __init__(
+        self,
+        metric: AbstractMetric = ObservedInformation(),
+        radius: ScalarLike = 0.5,
+        *,
+        damping: ScalarLike = 0.2,
+        max_folded: ScalarLike = 0.01,
+        num_auxiliary: int = 32,
+        num_calibration: int = 2048,
+        solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True),
+        measure: TransportKL | None = None,
+    ):
+        r"""**Arguments:**
+
+        - `metric`: what a step costs in each direction.
+        - `radius`: the KL to spend, in nats, averaged over observations. The measured KL meets it
+            unless folds forbid.
+
+        **Other arguments:**
+
+        - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue that is added to it.
+        - `max_folded`: the share of actions at which the transport map may fold.
+        - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
+            the length of the step there.
+        - `num_calibration`: with observations, the number of actions drawn to settle it once.
+        - `solver`: any Lineax solver for symmetric positive definite operators; for long action
+            chunks `lineax.CG(rtol=1e-4, atol=1e-4)`.
+        - `measure`: how the KL is measured. By default with the score of the metric.
+
+        **Raises:**
+
+        - `ValueError` if an argument is not of its kind, or the metric prices fields rather than
+            steps.
+        """
+        self.measure = check_method(metric, radius, measure)
+        if isinstance(metric, FisherRao):
+            raise ValueError(
+                "`metric` must price single steps, but got `FisherRao()`, which prices the "
+                "divergence of a field and has rank one at a single action. Write "
+                "`NaturalStep(metric=ObservedInformation())`, or train with "
+                "`Residual(metric=FisherRao())`."
+            )
+        check_at_least("damping", damping, 0, 0.2)
+        check_at_least("max_folded", max_folded, 0, 0.01)
+        check_positive_integer("num_auxiliary", num_auxiliary, 32)
+        check_positive_integer("num_calibration", num_calibration, 2048)
+        check_instance("solver", solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)")
+        self.metric = metric
+        self.radius = radius
+        self.damping = damping
+        self.max_folded = max_folded
+        self.num_auxiliary = num_auxiliary
+        self.num_calibration = num_calibration
+        self.solver = solver
+
+    def fit(
+        self,
+        policy: AbstractFlowPolicy,
+        critic: Critic,
+        observations: PyTree[Any] | None,
+        *,
+        key: PRNGKeyArray,
+    ) -> AbstractDisplacement:
+        if observations is None:
+            return _StepPerState(self, key)
+        return _calibrated_step(policy, critic, self, observations, key)
+
+
+class _CalibratedStep(AbstractDisplacement):
+    """Damping and length are known: the step itself."""
+
+    method: NaturalStep
+    damping: Scalar  # absolute: a multiple of the identity
+    scale: Scalar
+    key: PRNGKeyArray
+
+    def __call__(
+        self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
+    ) -> Action:
+        direction = self.direction(policy, critic, observation, action, self.damping)
+        return self.scale.astype(action.dtype) * direction
+
+    def direction(self, policy, critic, observation, action, damping: Scalar) -> Action:
+        g = critic_gradient(policy, critic, observation, action)
+        G = self.metric_at(policy, observation, action)
+        identity = lx.IdentityLinearOperator(G.in_structure())
+        damped = lx.TaggedLinearOperator(
+            G + identity * damping.astype(action.dtype), lx.positive_semidefinite_tag
+        )
+        # A failed solve comes back as not finite, and leaves its action where it is.
+        solution = lx.linear_solve(damped, g.reshape(-1), self.method.solver, throw=False)
+        direction, _ = finite_or_zero(solution.value)
+        return direction.reshape(action.shape)
+
+    def metric_at(self, policy, observation, action) -> lx.AbstractLinearOperator:
+        return self.method.metric.operator(policy, observation, action, key=self.key)
+
+
+class _StepPerState(AbstractDisplacement):
+    """Damping and length are settled at every observation, from actions drawn there."""
+
+    method: NaturalStep
+    key: PRNGKeyArray
+
+    def __call__(
+        self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
+    ) -> Action:
+        # The same noise at every state, so that the displacement is a function of its arguments.
+        auxiliary_key, metric_key = jr.split(self.key)
+        keys = jr.split(auxiliary_key, self.method.num_auxiliary)
+        actions = jax.vmap(lambda key: policy.draw(observation, key=key))(keys)
+
+        def over_rows(function):
+            return jax.vmap(lambda *row: function(observation, *row))
+
+        step = _settle(self.method, policy, critic, actions, over_rows, metric_key)
+        # The length is a property of the state: it is held fixed where an action is varied.
+        frozen = lax.stop_gradient((step.damping, step.scale))
+        step = eqx.tree_at(lambda step: (step.damping, step.scale), step, frozen)
+        return step(policy, critic, observation, action)
+
+
+@eqx.filter_jit
+def _calibrated_step(policy, critic, method, observations, key) -> _CalibratedStep:
+    row_key, action_key, metric_key = jr.split(key, 3)
+    length = batch_length("observations", observations)
+    n = method.num_calibration
+    # Every observation once, or as often as another, before a random remainder.
+    rows = jnp.concatenate([jr.permutation(row_key, length)] * -(-n // length))[:n]
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+    actions = _over_batch(rows)(lambda o, key: policy.draw(o, key=key))(jr.split(action_key, n))
+    return _settle(method, policy, critic, actions, _over_batch(rows), metric_key)
+
+
+def _over_batch(observations):
+    """Maps a function over rows, a few hundred at a time to bound the memory."""
+
+    def over_rows(function):
+        def mapped(*columns):
+            return lax.map(lambda row: function(*row), (observations, *columns), batch_size=256)
+
+        return mapped
+
+    return over_rows
+
+
+def _settle(
+    method: NaturalStep,
+    policy: AbstractFlowPolicy,
+    critic: Critic,
+    actions: Array,
+    over_rows: Callable[[Callable], Callable],
+    key: PRNGKeyArray,
+) -> _CalibratedStep:
+    """Settles the damping and the length of a step over a batch of actions."""
+    size = actions[0].size
+    radius = jnp.asarray(method.radius, actions.dtype)
+    zero = jnp.zeros((), actions.dtype)
+    step = _CalibratedStep(method, zero, zero, key)
+
+    def eigenvalue_and_gradient(o, a):
+        metric = step.metric_at(policy, o, a)
+        return jnp.mean(lx.diagonal(metric)), critic_gradient(policy, critic, o, a)
+
+    eigenvalues, gradients = over_rows(eigenvalue_and_gradient)(actions)
+    mean_eigenvalue = jnp.mean(jnp.where(jnp.isfinite(eigenvalues), eigenvalues, 0))
+
+    def attempt(damping):
+        def field(o, a):
+            return value_and_jacobian(lambda a: step.direction(policy, critic, o, a, damping), a)
+
+        directions, jacobians = over_rows(field)(actions)
+
+        def terms(scale, o, a, δ, J):
+            def score(a):
+                return method.measure.score(policy, o, a)
+
+            result = method.measure.terms(score, a, scale * δ, scale * J)
+            moved = jnp.any(δ != 0)  # actions that stay cost nothing, and may have no score
+            return jnp.where(moved, result.kl, 0), moved & result.folded
+
+        def measure(scale):
+            kl, folded = over_rows(lambda *row: terms(scale, *row))(actions, directions, jacobians)
+            return jnp.mean(kl), jnp.mean(folded)
+
+        # E[gᵀ (G + λI)⁻¹ g], whose half is the quadratic cost of the unscaled direction.
+        squared_norm = jnp.nanmean(jnp.sum((gradients * directions).reshape(-1, size), axis=1))
+        usable = jnp.isfinite(squared_norm) & (squared_norm > 0)
+        initial = jnp.sqrt(2 * radius / jnp.where(usable, squared_norm, 1))
+        initial = jnp.where(usable, initial, 0)
+        return scale_to_radius(measure, radius, initial, max_folded=method.max_folded)
+
+    def raise_damping(state):
+        rung, damping, _, _ = state
+        damping = jnp.where(rung == 0, damping, 4 * damping)
+        scale, kl = attempt(damping)
+        return rung + 1, damping, scale, kl
+
+    def folds_forbid(state):
+        rung, _, _, kl = state
+        return (rung == 0) | ((rung < 4) & (kl < 0.95 * radius) & (kl > 0))
+
+    damping = jnp.asarray(method.damping, actions.dtype) * mean_eigenvalue
+    state = (jnp.asarray(0), damping, zero, zero)
+    _, damping, scale, _ = lax.while_loop(folds_forbid, raise_damping, state)
+    return _CalibratedStep(method, damping, scale, key)

@@ -1,0 +1,75 @@
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Scalar, ScalarLike
+
+
+def scale_to_radius(
+    measure: Callable[[Scalar], tuple[Scalar, Scalar]],
+    radius: ScalarLike,
+    initial: Scalar,
+    *,
+    max_folded: ScalarLike,
+    max_growth: float = 1024.0,
+    rtol: float = 0.01,
+    max_steps: int = 30,
+) -> tuple[Scalar, Scalar]:
+    r"""The largest scale of a displacement at which the measured KL stays within the radius.
+
+    Brackets the root of $\sqrt{\mathrm{KL}(c)} - \sqrt{\epsilon}$ and closes the bracket by false
+    position, every third step by bisection. The root of the KL is nearly linear in the scale, so
+    a handful of measurements do.
+
+    **Arguments:**
+
+    - `measure`: maps a scale to the measured KL and the share of actions that are folded.
+    - `radius`: the KL in nats.
+    - `initial`: the first scale to try.
+    - `max_folded`: a scale at which more of the actions are folded is too large.
+    - `max_growth`: no scale beyond this multiple of `initial` is tried.
+
+    **Returns:**
+
+    - The scale. It is zero if none will do, as when the measured KL is not finite, and if the KL
+        does not reach the radius however far the actions move: then the score cannot be trusted.
+    - The KL measured there.
+    """
+    radius = jnp.asarray(radius, initial.dtype)
+    target = jnp.sqrt(radius)
+    limit = max_growth * initial
+    zero = jnp.zeros_like(initial)
+
+    def unfinished(state) -> Bool[Array, ""]:
+        step, _, low, kl_low, high, _ = state
+        met = (kl_low >= (1 - rtol) * radius) | (low >= limit)
+        return (step < max_steps) & ~met & (high - low > 1e-3 * jnp.minimum(high, initial))
+
+    def body(state):
+        step, scale, low, kl_low, high, kl_high = state
+        kl, folded = measure(scale)
+        allowed = (kl <= radius) & (folded <= max_folded)  # false if the KL is not a number
+        # What folds is beyond the radius by an unknown amount.
+        kl_beyond = jnp.where((kl > radius) & (folded <= max_folded), kl, jnp.inf)
+        low, kl_low = jnp.where(allowed, scale, low), jnp.where(allowed, kl, kl_low)
+        high, kl_high = jnp.where(allowed, high, scale), jnp.where(allowed, kl_high, kl_beyond)
+
+        root_low = jnp.sqrt(jnp.maximum(kl_low, 0))
+        # Without an upper end yet: extrapolate from zero. Aim a little below the radius.
+        growth = jnp.clip((1 - rtol / 4) * target / jnp.where(root_low > 0, root_low, 1), 1.05, 4)
+        outward = low * jnp.where(root_low > 0, growth, 4)
+        slope = jnp.where(jnp.isfinite(kl_high), jnp.sqrt(kl_high) - root_low, 1)
+        fraction = jnp.clip(((1 - rtol / 4) * target - root_low) / slope, 0.05, 0.95)
+        bisect = ~jnp.isfinite(kl_high) | (step % 3 == 2)
+        inward = low + jnp.where(bisect, 0.5, fraction) * (high - low)
+        scale = jnp.where(high < limit, inward, jnp.minimum(outward, limit))
+        return step + 1, scale, low, kl_low, high, kl_high
+
+    # The bracket starts as (0, limit], with nothing measured at its upper end.
+    infinity = jnp.full_like(initial, jnp.inf)
+    state = (jnp.asarray(0), initial, zero, zero, limit, infinity)
+    possible = (radius > 0) & jnp.isfinite(initial) & (initial > 0)
+    state = lax.while_loop(lambda state: possible & unfinished(state), body, state)
+    _, _, scale, kl, _, _ = state
+    believable = scale < limit
+    return jnp.where(believable, scale, 0), jnp.where(believable, kl, 0)

@@ -1,0 +1,85 @@
+import inspect
+from typing import Any
+
+import jax.random as jr
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .._custom_types import Critic
+from .._misc import batch_length, check_instance
+from ..flows import as_flow_policy
+from ._method import AbstractRefinement
+from ._natural_step import NaturalStep
+from ._refined_policy import RefinedPolicy
+
+
+def refine(
+    policy: Any,
+    critic: Critic,
+    method: AbstractRefinement = NaturalStep(),
+    *,
+    observations: PyTree[Any] | None = None,
+    key: PRNGKeyArray | None = None,
+) -> RefinedPolicy:
+    r"""Improves a flow policy by a critic, while staying within a KL of it.
+
+    To first order this solves $\max_{\pi'} \mathbb E[Q]$ subject to
+    $\operatorname{KL}(\pi' \,\|\, \pi) \le \epsilon$ over the policies that a local transport map
+    $a \mapsto a + \delta(o, a)$ can reach.
+
+    !!! example
+
+        ```python
+        refined = fisher_flow.refine(policy, critic)
+        action = refined.sample(observation, key=key)
+        ```
+
+    **Arguments:**
+
+    - `policy`: the flow policy: a [`fisher_flow.FlowPolicy`][], a refined policy, or anything with
+        `velocity(t, x, observation)`, an `action_shape` and, if it is not linear, a `path`. It is
+        not modified.
+    - `critic`: called as `critic(observation, action)` for one sample; returns a scalar, of which
+        more is better. Any differentiable function.
+    - `method`: how to refine: [`fisher_flow.NaturalStep`][], which needs no training, or
+        [`fisher_flow.Residual`][], which trains a network.
+
+    **Other arguments:**
+
+    - `observations`: observations to calibrate or train on, any PyTree of arrays with a leading
+        batch axis. `NaturalStep` can do without; `Residual` cannot.
+    - `key`: a `jax.random.key`. The same key gives the same policy; so does none.
+
+    **Returns:**
+
+    A [`fisher_flow.RefinedPolicy`][]. With a radius of zero it is the base policy, bit for bit.
+
+    **Raises:**
+
+    - `ValueError` if an argument is not of its kind; the message ends with what to write instead.
+
+    ??? cite "Reference"
+
+        The transport map and its bound by the Fisher information are due to
+
+        ```bibtex
+        @article{cheng2026fisher,
+            title={Fisher Decorator: Refining flow policy via a local transport map},
+            author={Cheng and Wang and Yuan and Wang and Chen and Zeng and Sun},
+            journal={arXiv:2604.17919},
+            year={2026},
+        }
+        ```
+    """
+    policy = as_flow_policy(policy)
+    if not callable(critic) or inspect.isclass(critic):
+        raise ValueError(
+            "`critic` must be a function `critic(observation, action)` that returns a scalar, but "
+            f"got `{critic!r}`. Write `refine(policy, lambda observation, action: ...)`."
+        )
+    check_instance("method", method, AbstractRefinement, "fisher_flow.NaturalStep()")
+    if observations is not None:
+        batch_length("observations", observations)
+    if key is None:
+        key = jr.key(0)
+    field = method.fit(policy, critic, observations, key=key)
+    return RefinedPolicy(policy, critic, field, method)

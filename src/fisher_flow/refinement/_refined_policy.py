@@ -1,0 +1,154 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import PRNGKeyArray, Scalar
+
+from .._custom_types import Action, Critic, Observation
+from .._divergence import value_and_jacobian
+from .._misc import finite_or_zero
+from ..flows import AbstractFlowPolicy
+from ._method import AbstractDisplacement, AbstractRefinement, critic_gradient
+
+
+class RefinedPolicy(AbstractFlowPolicy):
+    r"""A flow policy followed by a local transport map, $T(a) = a + \delta(o, a)$.
+
+    Made by [`fisher_flow.refine`][]. It is a flow policy itself: it has samples, a density
+
+    $$\log \pi'(T(a)) = \log \pi(a) - \log |\det(I + \nabla\delta(a))|$$
+
+    and a score
+
+    $$s'(T(a)) = (I + \nabla\delta)^{-\top} \bigl(s(a) - \nabla \log |\det(I + \nabla\delta)|\bigr),$$
+
+    so it can be refined again.
+    """
+
+    policy: AbstractFlowPolicy
+    critic: Critic
+    displacement_field: AbstractDisplacement
+    method: AbstractRefinement
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        return self.policy.action_shape
+
+    @property
+    def bounds(self) -> tuple[Any, Any] | None:
+        return self.policy.bounds
+
+    def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
+        action = self.policy.draw(observation, key=key)
+        return action + self.displacement(observation, action)
+
+    @eqx.filter_jit
+    def displacement(self, observation: Observation, action: Action) -> Action:
+        r"""The displacement $\delta(o, a)$ of one action.
+
+        It is zero where the gradient of the critic, or the displacement itself, is not finite.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: an action of the unrefined policy.
+
+        **Returns:**
+
+        The displacement, with the shape and dtype of `action`.
+        """
+        displacement, _ = self.checked_displacement(observation, jnp.asarray(action))
+        return displacement
+
+    def checked_displacement(
+        self, observation: Observation, action: Action
+    ) -> tuple[Action, Scalar]:
+        """The displacement, and whether all that it came from was finite."""
+        g = critic_gradient(self.policy, self.critic, observation, action)
+        δ = self.displacement_field(self.policy, self.critic, observation, action)
+        δ, finite = finite_or_zero(δ)
+        finite = finite & jnp.all(jnp.isfinite(g))
+        return jnp.where(finite, δ, jnp.zeros_like(δ)), finite
+
+    @eqx.filter_jit
+    def transport(self, observation: Observation, action: Action) -> Action:
+        r"""The transport map $T(a) = a + \delta(o, a)$, held to the bounds.
+
+        Differentiable in the action.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: an action of the unrefined policy.
+
+        **Returns:**
+
+        The action to take instead, with the shape and dtype of `action`.
+        """
+        action = jnp.asarray(action)
+        return self.project(action + self.displacement(observation, action))
+
+    @eqx.filter_jit
+    def inverse(self, observation: Observation, action: Action) -> Action:
+        r"""The action $a$ with $a + \delta(o, a)$ equal to `action`, found by Newton's method.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: an action of the refined policy, before its bounds.
+
+        **Returns:**
+
+        The action of the unrefined policy; NaN where Newton's method does not find one, as may
+        happen where the map folds.
+        """
+        action = jnp.asarray(action)
+        tol = 1e-9 if action.dtype == jnp.float64 else 1e-5
+        solution = optx.root_find(
+            lambda a, target: a + self.displacement(observation, a) - target,
+            optx.Newton(rtol=tol, atol=tol),
+            action,
+            args=action,
+            max_steps=32,
+            throw=False,
+        )
+        found = solution.result == optx.RESULTS.successful
+        return jnp.where(found, solution.value, jnp.nan)
+
+    @eqx.filter_jit
+    def log_prob(self, observation: Observation, action: Action, **options: Any) -> Scalar:
+        """The log-density at an action of the refined policy, before its bounds.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: where to evaluate the density.
+        - `**options`: passed on to the `log_prob` of the flow.
+
+        **Returns:**
+
+        The log-density in nats, a scalar; NaN where `inverse` is.
+        """
+        a = self.inverse(observation, action)
+        log_det = self._log_det(observation)(a)
+        return self.policy.log_prob(observation, a, **options) - log_det
+
+    def score(
+        self, estimator: Callable[..., Action], observation: Observation, action: Action
+    ) -> Action:
+        a = self.inverse(observation, action)
+        _, J = value_and_jacobian(lambda a: self.displacement(observation, a), a)
+        s = self.policy.score(estimator, observation, a)
+        s = s - jax.grad(self._log_det(observation))(a)
+        identity = jnp.eye(a.size, dtype=a.dtype)
+        return jnp.linalg.solve((identity + J).T, s.reshape(-1)).reshape(a.shape)
+
+    def _log_det(self, observation):
+        def log_det(a):
+            _, J = value_and_jacobian(lambda a: self.displacement(observation, a), a)
+            return jnp.linalg.slogdet(jnp.eye(a.size, dtype=a.dtype) + J)[1]
+
+        return log_det

@@ -1,0 +1,58 @@
+"""Runs every Python block of the README, of the documentation and of the docstrings.
+
+The blocks of one page run in order, in one namespace, in an interpreter and a folder of their own:
+what a reader gets who pastes them one after the other.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+root = Path(__file__).parent.parent
+
+
+def _python_blocks(text: str) -> str:
+    """The page with all but its Python blocks blanked, so that the lines keep their numbers."""
+    lines, indent = [], None
+    for line in text.splitlines():
+        code = ""
+        if indent is None:
+            fence = re.match(r"( *)```python\b", line)
+            indent = len(fence[1]) if fence else None
+        elif line.strip() == "```":
+            indent = None
+        else:
+            code = line[indent:]
+        lines.append(code)
+    return "\n".join(lines) + "\n"
+
+
+scripts = {
+    path.relative_to(root): script
+    for path in [root / "README.md", *root.glob("docs/**/*.md"), *root.glob("src/**/*.py")]
+    if (script := _python_blocks(path.read_text(encoding="utf-8"))).strip()
+}
+
+
+def test_the_readme_has_an_example():
+    assert Path("README.md") in scripts
+
+
+@pytest.mark.parametrize("page", sorted(scripts), ids=str)
+def test_python_blocks(page, tmp_path):
+    (tmp_path / page.name).write_text(scripts[page], encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, page.name],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    # The traceback names the page and the line in it, and shows the code.
+    assert result.returncode == 0, f"a block of {page} fails:\n\n{result.stdout}"

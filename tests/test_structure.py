@@ -1,0 +1,102 @@
+"""The shape of the library: what is public, what is documented, and what may import what."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import equinox as eqx
+import pytest
+
+import fisher_flow
+
+
+root = Path(__file__).parent.parent
+package = root / "src" / "fisher_flow"
+public = {name: getattr(fisher_flow, name) for name in fisher_flow.__all__}
+modules = [x for x in public.values() if inspect.isclass(x) and issubclass(x, eqx.Module)]
+
+# The arrows of the design: a folder may import itself, the folders named here, and the private
+# modules beside them (`_misc.py` and the like), which in turn import no folder.
+may_import = {
+    "flows": set(),
+    "geometry": {"flows"},
+    "refinement": {"flows", "geometry"},
+    "values": set(),
+    "evaluation": set(),
+}
+
+
+@pytest.mark.parametrize("cls", modules, ids=lambda cls: cls.__name__)
+def test_abstract_or_final(cls):
+    if cls.__name__.startswith("Abstract"):
+        with pytest.raises(TypeError, match="instantiate abstract class"):
+            cls()
+    else:
+        assert cls.__subclasses__() == [], "final classes may be wrapped, not subclassed"
+        assert not inspect.isabstract(cls), "abstract classes are called Abstract..."
+
+
+@pytest.mark.parametrize("name", public)
+def test_public_names_have_a_docstring(name):
+    docstring = public[name].__doc__ or ""
+    assert docstring and not docstring.startswith(f"{name}("), "(a dataclass writes one by itself)"
+
+
+def _documented():
+    """What the pages of the API name: pairs of a public name and the members listed under it."""
+    entry = re.compile(r"^ *::: fisher_flow\.(\S+)\n((?: +.*\n)*)", re.MULTILINE)
+    for page in sorted((root / "docs" / "api").rglob("*.md")):
+        for name, options in entry.findall(page.read_text(encoding="utf-8") + "\n"):
+            yield name, re.findall(r"^ +- (\w+)$", options, re.MULTILINE)
+
+
+def test_every_public_name_is_documented_once():
+    assert Counter(name for name, _ in _documented()) == Counter(fisher_flow.__all__)
+
+
+@pytest.mark.parametrize("name, members", list(_documented()))
+def test_documented_members_exist(name, members):
+    for member in members:
+        assert getattr(public[name], member).__doc__, f"{name}.{member} has no docstring of its own"
+
+
+def _imports(path):
+    """The modules that a file imports, as full dotted names, wherever in the file it does so."""
+    parents = ("fisher_flow", *path.relative_to(package).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (x.name for x in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) + 1 - node.level] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            yield from (f"{module}.{x.name}" for x in node.names)
+
+
+def test_folders_are_those_of_the_design():
+    assert {x.parent.name for x in package.glob("*/__init__.py")} == set(may_import)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [x for x in sorted(package.rglob("*.py")) if x != package / "__init__.py"],
+    ids=lambda path: path.relative_to(package).as_posix(),
+)
+def test_import_arrows(path):
+    folder = path.relative_to(package).parts[0]
+    allowed = {folder, *may_import[folder]} if folder in may_import else set()
+    private = {x.stem for x in package.glob("_*.py")} - {"__init__"}
+    for target in _imports(path):
+        if target.split(".")[0] == "fisher_flow":
+            assert [*target.split("."), ""][1] in allowed | private, f"{path} imports {target}"
+
+
+def test_importing_the_library_is_light():
+    check = "import sys, fisher_flow; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"matplotlib", "gymnasium", "tqdm", "flax"}.isdisjoint(loaded)
