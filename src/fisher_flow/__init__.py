@@ -1,5 +1,6 @@
 """Refines flow-matching policies by a critic, within a KL measured from their own velocity."""
 
+from .evaluation import evaluate as evaluate
 from .flows import (
     AbstractAffineGaussianPath as AbstractAffineGaussianPath,
     AbstractFlowPolicy as AbstractFlowPolicy,
@@ -28,8 +29,11 @@ from .refinement import (
     AbstractDisplacement as AbstractDisplacement,
     AbstractRefinement as AbstractRefinement,
     BestOf as BestOf,
+    Certificate as Certificate,
+    certify as certify,
     NaturalStep as NaturalStep,
     refine as refine,
     RefinedPolicy as RefinedPolicy,
     Residual as Residual,
 )
+from .values import fit_critic as fit_critic, QEnsemble as QEnsemble

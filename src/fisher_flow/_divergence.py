@@ -1,6 +1,7 @@
 """The divergence of a vector field on arrays of any shape, exact or estimated."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,17 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 def value_and_jacobian(
-    field: Callable[[Array], Array], x: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "size size"]]:
+    field: Callable[[Array], Any], x: Float[Array, "..."], *, has_aux: bool = False
+) -> Any:
     """Returns `field(x)`, and its Jacobian with both arguments flattened.
 
-    One evaluation and as many forward-mode products as `x` has entries.
+    One evaluation and as many forward-mode products as `x` has entries. With `has_aux`, `field`
+    returns a pair, whose second entry is returned last and not differentiated.
     """
     basis = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
-    value, push = jax.linearize(field, x)
+    value, push, *aux = jax.linearize(field, x, has_aux=has_aux)
     columns = jax.vmap(push)(basis).reshape(x.size, x.size)
-    return value, columns.T
+    return value, columns.T, *aux
 
 
 def value_and_divergence(

@@ -39,7 +39,9 @@ def train(
     with tqdm(total=num_updates, desc=description, disable=not progress) as bar:
         for start in range(0, num_updates, chunk):
             stop = min(start + chunk, num_updates)
-            state, logs = _run_chunk(update, args, state, jnp.asarray(start), jnp.asarray(stop), key)
+            state, logs = _run_chunk(
+                update, args, state, jnp.asarray(start), jnp.asarray(stop), key
+            )
             bar.set_postfix({name: f"{float(value):.3g}" for name, value in logs.items()})
             bar.update(stop - start)
     return state

@@ -74,6 +74,36 @@ class AbstractFlowPolicy(AbstractPolicy):
     Either a flow itself, or a flow followed by transport maps.
     """
 
+    @property
+    @abc.abstractmethod
+    def flow_policy(self) -> "FlowPolicy":
+        """The flow underneath all transport maps."""
+
+    @abc.abstractmethod
+    def in_flow_coordinates(
+        self,
+        observation: Observation,
+        action: Action,
+        displacement: Action,
+        jacobian: Float[Array, "size size"],
+    ) -> tuple[Action, Action, Float[Array, "size size"]]:
+        r"""Expresses a transport map of this policy as one of `flow_policy`.
+
+        If this policy is the flow followed by a map $T$, then following it by a further map $S$ is
+        the same as following the flow by $T^{-1} \circ S \circ T$, at the same KL.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: an action $a$ of this policy, before its bounds.
+        - `displacement`: $\delta = S(a) - a$.
+        - `jacobian`: $\nabla\delta(a)$, flattened to a matrix.
+
+        **Returns:**
+
+        The action of the flow, its displacement, and the Jacobian of that.
+        """
+
     @abc.abstractmethod
     def log_prob(self, observation: Observation, action: Action) -> Scalar:
         """The log-density at an action, in nats, of the policy before its bounds."""
@@ -211,6 +241,20 @@ class FlowPolicy(AbstractFlowPolicy):
         self.max_steps = max_steps
         self.bounds = _checked_bounds(bounds, self.action_shape)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
+
+    @property
+    def flow_policy(self) -> "FlowPolicy":
+        return self
+
+    def in_flow_coordinates(
+        self,
+        observation: Observation,
+        action: Action,
+        displacement: Action,
+        jacobian: Float[Array, "size size"],
+    ) -> tuple[Action, Action, Float[Array, "size size"]]:
+        del observation
+        return action, displacement, jacobian
 
     def velocity(self, t: ScalarLike, x: Action, observation: Observation) -> Action:
         r"""The velocity $v(t, x, o)$.

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 from .._custom_types import Action, Observation
 from .._divergence import value_and_jacobian
 from .._misc import check_instance, check_positive_integer
+from ..flows import AbstractFlowPolicy, as_flow_policy
 from ._score import AbstractScore, PerturbedScore
 
 
@@ -20,7 +21,8 @@ class TransportTerms(NamedTuple):
     r"""Nats; the KL is its mean over the actions of the policy."""
 
     folded: Bool[Array, ""]
-    r"""Whether $\det(I + \nabla\delta) \le 0$, so that $T$ is not one-to-one here."""
+    r"""Whether $\det(I + \nabla\delta) \le 0$, so that $T$ is not one-to-one here; or the map or the
+    score is not finite here, so that nothing is known. Such an action enters the KL with zero."""
 
     stein: Scalar
     r"""The Stein residual $s \cdot \delta + \nabla \cdot \delta$, of mean zero if $s$ is right."""
@@ -83,15 +85,16 @@ class TransportKL(eqx.Module):
         A named tuple of
 
         - `kl`: nats, whose mean over the actions of the policy is the KL.
-        - `folded`: whether $\det(I + \nabla\delta) \le 0$ at this action.
+        - `folded`: whether $\det(I + \nabla\delta) \le 0$ at this action, or anything is not finite.
         - `stein`: the Stein residual $s \cdot \delta + \nabla \cdot \delta$.
         """
         δ, J = value_and_jacobian(displacement, action)
-        return self.terms(lambda a: self.score(policy, observation, a), action, δ, J)
+        return self.terms(as_flow_policy(policy), observation, action, δ, J)
 
     def terms(
         self,
-        score: Callable[[Action], Action],
+        policy: AbstractFlowPolicy,
+        observation: Observation,
         action: Action,
         displacement: Action,
         jacobian: Float[Array, "size size"],
@@ -100,8 +103,7 @@ class TransportKL(eqx.Module):
 
         **Arguments:**
 
-        - `score`: the score, a function of an action.
-        - `action`: an action drawn from the policy.
+        - `policy`, `observation`, `action`: as for `__call__`.
         - `displacement`: $\delta(a)$.
         - `jacobian`: $\nabla\delta(a)$, flattened to a matrix.
 
@@ -109,17 +111,22 @@ class TransportKL(eqx.Module):
 
         The same named tuple.
         """
+        flow = policy.flow_policy
+        # The KL is the same in all coordinates; in those of the flow the score is at hand.
+        a, δ, J = policy.in_flow_coordinates(observation, action, displacement, jacobian)
         nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
-        δ = displacement
         # Node zero is the action itself; all the nodes are one batch for the network.
-        τ = jnp.asarray(np.concatenate([[0.0], 0.5 * (nodes + 1)]), action.dtype)
-        s = jax.vmap(lambda τ: score(action + τ * δ))(τ)
-        change = jnp.tensordot(jnp.asarray(0.5 * weights, action.dtype), s[1:] - s[0], axes=1)
-        identity = jnp.eye(action.size, dtype=action.dtype)
-        sign, log_det = jnp.linalg.slogdet(identity + jacobian)
-        divergence = jnp.trace(jacobian)
-        return TransportTerms(
+        τ = jnp.asarray(np.concatenate([[0.0], 0.5 * (nodes + 1)]), a.dtype)
+        s = jax.vmap(lambda τ: self.score(flow, observation, a + τ * δ))(τ)
+        change = jnp.tensordot(jnp.asarray(0.5 * weights, a.dtype), s[1:] - s[0], axes=1)
+        identity = jnp.eye(a.size, dtype=a.dtype)
+        sign, log_det = jnp.linalg.slogdet(identity + J)
+        divergence = jnp.trace(J)
+        terms = TransportTerms(
             kl=divergence - log_det - jnp.sum(change * δ),
             folded=sign <= 0,
             stein=jnp.sum(s[0] * δ) + divergence,
         )
+        known = jnp.isfinite(terms.kl) & jnp.isfinite(terms.stein)
+        unknown = TransportTerms(jnp.zeros_like(terms.kl), True, jnp.zeros_like(terms.stein))
+        return jax.tree.map(lambda x, y: jnp.where(known, x, y), terms, unknown)

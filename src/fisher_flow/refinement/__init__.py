@@ -1,4 +1,5 @@
 from ._best_of import BestOf as BestOf
+from ._certify import Certificate as Certificate, certify as certify
 from ._method import (
     AbstractDisplacement as AbstractDisplacement,
     AbstractRefinement as AbstractRefinement,

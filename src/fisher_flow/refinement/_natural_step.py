@@ -11,12 +11,14 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Critic, Observation
 from .._divergence import value_and_jacobian
+from .._linear_solve import linear_solve
 from .._misc import (
     batch_length,
     check_at_least,
     check_instance,
     check_positive_integer,
     finite_or_zero,
+    ravel_inputs,
 )
 from ..flows import AbstractFlowPolicy
 from ..geometry import AbstractMetric, FisherRao, ObservedInformation, TransportKL
@@ -62,9 +64,9 @@ class NaturalStep(AbstractRefinement):
         metric: AbstractMetric = ObservedInformation(),
         radius: ScalarLike = 0.5,
         *,
-        damping: ScalarLike = 0.2,
-        max_folded: ScalarLike = 0.01,
-        num_auxiliary: int = 32,
+        damping: ScalarLike = 0.5,
+        max_folded: ScalarLike = 0.02,
+        num_auxiliary: int = 64,
         num_calibration: int = 2048,
         solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True),
         measure: TransportKL | None = None,
@@ -77,7 +79,8 @@ class NaturalStep(AbstractRefinement):
 
         **Other arguments:**
 
-        - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue that is added to it.
+        - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue that is added to it at
+            first; without observations four times as much.
         - `max_folded`: the share of actions at which the transport map may fold.
         - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
             the length of the step there.
@@ -99,9 +102,9 @@ class NaturalStep(AbstractRefinement):
                 "`NaturalStep(metric=ObservedInformation())`, or train with "
                 "`Residual(metric=FisherRao())`."
             )
-        check_at_least("damping", damping, 0, 0.2)
-        check_at_least("max_folded", max_folded, 0, 0.01)
-        check_positive_integer("num_auxiliary", num_auxiliary, 32)
+        check_at_least("damping", damping, 0, 0.5)
+        check_at_least("max_folded", max_folded, 0, 0.02)
+        check_positive_integer("num_auxiliary", num_auxiliary, 64)
         check_positive_integer("num_calibration", num_calibration, 2048)
         check_instance("solver", solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)")
         self.metric = metric
@@ -140,19 +143,27 @@ class _CalibratedStep(AbstractDisplacement):
         return self.scale.astype(action.dtype) * direction
 
     def direction(self, policy, critic, observation, action, damping: Scalar) -> Action:
-        g = critic_gradient(policy, critic, observation, action)
+        """The unscaled step; NaN where the critic or the metric is not finite."""
+        g, finite = finite_or_zero(critic_gradient(policy, critic, observation, action))
         G = self.metric_at(policy, observation, action)
-        identity = lx.IdentityLinearOperator(G.in_structure())
-        damped = lx.TaggedLinearOperator(
-            G + identity * damping.astype(action.dtype), lx.positive_semidefinite_tag
+        # A factorisation of what is not finite may not end well.
+        for leaf in jax.tree.leaves(eqx.filter(G, eqx.is_inexact_array)):
+            finite = finite & jnp.all(jnp.isfinite(leaf))
+        G = jax.tree.map(
+            lambda leaf: jnp.where(finite, leaf, 0) if eqx.is_inexact_array(leaf) else leaf, G
         )
-        # A failed solve comes back as not finite, and leaves its action where it is.
-        solution = lx.linear_solve(damped, g.reshape(-1), self.method.solver, throw=False)
-        direction, _ = finite_or_zero(solution.value)
-        return direction.reshape(action.shape)
+        # Nor may it be zero, as at a score of zero without damping.
+        floor = jnp.asarray(jnp.finfo(action.dtype).tiny, action.dtype) ** 0.5
+        damping = jnp.maximum(damping.astype(action.dtype), floor)
+        identity = lx.IdentityLinearOperator(G.in_structure())
+        damped = lx.TaggedLinearOperator(G + identity * damping, lx.positive_semidefinite_tag)
+        step = linear_solve(damped, g.reshape(-1), self.method.solver)
+        return jnp.where(finite, step.reshape(action.shape), jnp.nan)
 
     def metric_at(self, policy, observation, action) -> lx.AbstractLinearOperator:
-        return self.method.metric.operator(policy, observation, action, key=self.key)
+        # In a chain, too, the metric is that of the flow: as a preconditioner it need not be exact,
+        # and the curvature of a refined density would cost derivatives of ever higher order.
+        return self.method.metric.operator(policy.flow_policy, observation, action, key=self.key)
 
 
 class _StepPerState(AbstractDisplacement):
@@ -164,19 +175,30 @@ class _StepPerState(AbstractDisplacement):
     def __call__(
         self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
     ) -> Action:
-        # The same noise at every state, so that the displacement is a function of its arguments.
-        auxiliary_key, metric_key = jr.split(self.key)
+        # Noise that is fixed at a state, so that the displacement is a function of its arguments;
+        # and another at every state, so that its errors average out.
+        auxiliary_key, metric_key = jr.split(_fold_in(self.key, observation))
         keys = jr.split(auxiliary_key, self.method.num_auxiliary)
         actions = jax.vmap(lambda key: policy.draw(observation, key=key))(keys)
 
         def over_rows(function):
             return jax.vmap(lambda *row: function(observation, *row))
 
-        step = _settle(self.method, policy, critic, actions, over_rows, metric_key)
+        # Few actions show few of the folds, hence one rung further up.
+        damping = 4 * self.method.damping
+        step = _settle(self.method, policy, critic, actions, over_rows, metric_key, damping)
         # The length is a property of the state: it is held fixed where an action is varied.
         frozen = lax.stop_gradient((step.damping, step.scale))
         step = eqx.tree_at(lambda step: (step.damping, step.scale), step, frozen)
         return step(policy, critic, observation, action)
+
+
+def _fold_in(key: PRNGKeyArray, observation: Observation) -> PRNGKeyArray:
+    """A key of its own for every observation."""
+    values = ravel_inputs(observation).astype(jnp.float32)
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1  # else permutations would agree
+    return jr.fold_in(key, jnp.sum(bits * weights, dtype=jnp.uint32))
 
 
 @eqx.filter_jit
@@ -188,7 +210,7 @@ def _calibrated_step(policy, critic, method, observations, key) -> _CalibratedSt
     rows = jnp.concatenate([jr.permutation(row_key, length)] * -(-n // length))[:n]
     rows = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
     actions = _over_batch(rows)(lambda o, key: policy.draw(o, key=key))(jr.split(action_key, n))
-    return _settle(method, policy, critic, actions, _over_batch(rows), metric_key)
+    return _settle(method, policy, critic, actions, _over_batch(rows), metric_key, method.damping)
 
 
 def _over_batch(observations):
@@ -210,6 +232,7 @@ def _settle(
     actions: Array,
     over_rows: Callable[[Callable], Callable],
     key: PRNGKeyArray,
+    damping: ScalarLike,
 ) -> _CalibratedStep:
     """Settles the damping and the length of a step over a batch of actions."""
     size = actions[0].size
@@ -226,15 +249,14 @@ def _settle(
 
     def attempt(damping):
         def field(o, a):
-            return value_and_jacobian(lambda a: step.direction(policy, critic, o, a, damping), a)
+            δ, J = value_and_jacobian(lambda a: step.direction(policy, critic, o, a, damping), a)
+            δ, finite = finite_or_zero(δ)
+            return δ, jnp.where(finite, J, 0)
 
         directions, jacobians = over_rows(field)(actions)
 
         def terms(scale, o, a, δ, J):
-            def score(a):
-                return method.measure.score(policy, o, a)
-
-            result = method.measure.terms(score, a, scale * δ, scale * J)
+            result = method.measure.terms(policy, o, a, scale * δ, scale * J)
             moved = jnp.any(δ != 0)  # actions that stay cost nothing, and may have no score
             return jnp.where(moved, result.kl, 0), moved & result.folded
 
@@ -259,7 +281,7 @@ def _settle(
         rung, _, _, kl = state
         return (rung == 0) | ((rung < 4) & (kl < 0.95 * radius) & (kl > 0))
 
-    damping = jnp.asarray(method.damping, actions.dtype) * mean_eigenvalue
+    damping = jnp.asarray(damping, actions.dtype) * mean_eigenvalue
     state = (jnp.asarray(0), damping, zero, zero)
     _, damping, scale, _ = lax.while_loop(folds_forbid, raise_damping, state)
     return _CalibratedStep(method, damping, scale, key)

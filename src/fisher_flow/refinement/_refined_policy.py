@@ -5,12 +5,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from .._custom_types import Action, Critic, Observation
 from .._divergence import value_and_jacobian
 from .._misc import finite_or_zero
-from ..flows import AbstractFlowPolicy
+from ..flows import AbstractFlowPolicy, FlowPolicy
 from ._method import AbstractDisplacement, AbstractRefinement, critic_gradient
 
 
@@ -40,6 +40,10 @@ class RefinedPolicy(AbstractFlowPolicy):
     @property
     def bounds(self) -> tuple[Any, Any] | None:
         return self.policy.bounds
+
+    @property
+    def flow_policy(self) -> FlowPolicy:
+        return self.policy.flow_policy
 
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
         action = self.policy.draw(observation, key=key)
@@ -105,18 +109,24 @@ class RefinedPolicy(AbstractFlowPolicy):
         The action of the unrefined policy; NaN where Newton's method does not find one, as may
         happen where the map folds.
         """
-        action = jnp.asarray(action)
-        tol = 1e-9 if action.dtype == jnp.float64 else 1e-5
-        solution = optx.root_find(
-            lambda a, target: a + self.displacement(observation, a) - target,
-            optx.Newton(rtol=tol, atol=tol),
-            action,
-            args=action,
-            max_steps=32,
-            throw=False,
-        )
-        found = solution.result == optx.RESULTS.successful
-        return jnp.where(found, solution.value, jnp.nan)
+        return _inverse((self, observation), jnp.asarray(action))
+
+    def in_flow_coordinates(
+        self,
+        observation: Observation,
+        action: Action,
+        displacement: Action,
+        jacobian: Float[Array, "size size"],
+    ) -> tuple[Action, Action, Float[Array, "size size"]]:
+        def pull_back(a):
+            return value_and_jacobian(lambda a: self.inverse(observation, a), a)
+
+        a, J_start = pull_back(action)
+        b, J_end = pull_back(action + displacement)
+        identity = jnp.eye(action.size, dtype=action.dtype)
+        # D(T⁻¹ S T) = DT⁻¹ DS (DT⁻¹)⁻¹, the last at the start
+        J = jnp.linalg.solve(J_start.T, (J_end @ (identity + jacobian)).T).T - identity
+        return self.policy.in_flow_coordinates(observation, a, b - a, J)
 
     @eqx.filter_jit
     def log_prob(self, observation: Observation, action: Action, **options: Any) -> Scalar:
@@ -140,11 +150,14 @@ class RefinedPolicy(AbstractFlowPolicy):
         self, estimator: Callable[..., Action], observation: Observation, action: Action
     ) -> Action:
         a = self.inverse(observation, action)
+        found = jnp.all(jnp.isfinite(a))
+        a = jnp.where(found, a, action)  # derivatives of what is not finite may raise
         _, J = value_and_jacobian(lambda a: self.displacement(observation, a), a)
         s = self.policy.score(estimator, observation, a)
         s = s - jax.grad(self._log_det(observation))(a)
         identity = jnp.eye(a.size, dtype=a.dtype)
-        return jnp.linalg.solve((identity + J).T, s.reshape(-1)).reshape(a.shape)
+        s = jnp.linalg.solve((identity + J).T, s.reshape(-1)).reshape(a.shape)
+        return jnp.where(found, s, jnp.nan)
 
     def _log_det(self, observation):
         def log_det(a):
@@ -152,3 +165,37 @@ class RefinedPolicy(AbstractFlowPolicy):
             return jnp.linalg.slogdet(jnp.eye(a.size, dtype=a.dtype) + J)[1]
 
         return log_det
+
+
+@eqx.filter_custom_jvp
+def _inverse(map_and_observation: tuple[RefinedPolicy, Observation], action: Action) -> Action:
+    tol = 1e-9 if action.dtype == jnp.float64 else 1e-5
+    solution = optx.root_find(
+        lambda a, target: _moved(map_and_observation, a) - target,
+        optx.Newton(rtol=tol, atol=tol),
+        action,
+        args=action,
+        max_steps=32,
+        throw=False,
+    )
+    # Judged by the residual: rounding may keep the last steps above the tolerance.
+    residual = jnp.max(jnp.abs(_moved(map_and_observation, solution.value) - action))
+    found = residual <= 100 * tol * (1 + jnp.max(jnp.abs(action)))
+    return jnp.where(found, solution.value, jnp.nan)
+
+
+@_inverse.def_jvp
+def _inverse_jvp(primals, tangents):
+    # T(a) = y, so DT ȧ = ẏ - Ṫ(a).
+    map_and_observation, y = primals
+    map_dot, y_dot = tangents
+    a = _inverse(map_and_observation, y)
+    _, J = value_and_jacobian(lambda a: _moved(map_and_observation, a), a)
+    _, T_dot = eqx.filter_jvp(lambda m: _moved(m, a), (map_and_observation,), (map_dot,))
+    rhs = sum(x for x in (y_dot, None if T_dot is None else -T_dot) if x is not None)
+    return a, jnp.linalg.solve(J, rhs.reshape(-1)).reshape(a.shape)
+
+
+def _moved(map_and_observation, action):
+    refined, observation = map_and_observation
+    return action + refined.displacement(observation, action)

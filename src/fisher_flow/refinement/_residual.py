@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import lineax as lx
 import numpy as np
 import optax
 from jax import lax
@@ -13,7 +14,7 @@ from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
 from .._custom_types import Action, Critic, Observation
 from .._divergence import value_and_jacobian
 from .._misc import (
-    check_instance,
+    check_at_least,
     check_positive_integer,
     finite_or_zero,
     ravel_inputs,
@@ -31,10 +32,13 @@ class Residual(AbstractRefinement):
     The network $\delta_\theta(o, a)$ minimises
 
     $$-\frac{\mathbb E[Q(o, a + \delta_\theta)]}{\mathbb E \|\nabla_a Q\|}
-        + \beta\, \frac{\mathbb E[\text{cost of } \delta_\theta]}{\epsilon}$$
+        + \frac{\beta}{\epsilon}\, \mathbb E\Bigl[\text{cost of } \delta_\theta
+            + \frac{\lambda \bar g}{2} \|\delta_\theta\|^2\Bigr]$$
 
-    over actions $a$ drawn from the policy, where the metric gives the cost. The dual variable
-    $\beta$ rises while the *measured* KL is above the radius $\epsilon$ and falls while it is
+    over actions $a$ drawn from the policy. The metric gives the cost and its mean eigenvalue
+    $\bar g$, and $\lambda$ is the damping: without it a network drifts along fields that cost
+    nothing to second order, such as a rotation within the level sets of the density, until their
+    higher orders fold the map. The dual variable $\beta$ rises while the *measured* KL is above the radius $\epsilon$ and falls while it is
     below. When training ends, the displacement is scaled so that the measured KL meets the radius.
     No gradient reaches the policy or the critic.
 
@@ -65,6 +69,7 @@ class Residual(AbstractRefinement):
     num_updates: int = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
     learning_rate: ScalarLike
+    damping: ScalarLike
     max_folded: ScalarLike
     num_calibration: int = eqx.field(static=True)
     measure: TransportKL
@@ -81,7 +86,8 @@ class Residual(AbstractRefinement):
         num_updates: int = 5000,
         batch_size: int = 256,
         learning_rate: ScalarLike = 1e-3,
-        max_folded: ScalarLike = 0.01,
+        damping: ScalarLike = 0.1,
+        max_folded: ScalarLike = 0.02,
         num_calibration: int = 2048,
         measure: TransportKL | None = None,
         progress: bool = True,
@@ -99,6 +105,8 @@ class Residual(AbstractRefinement):
             `width_size` units, which starts from zero.
         - `num_updates`, `batch_size`: the number of gradient steps, and of actions in each.
         - `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.
+        - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue by which every
+            displacement is charged besides. The published method has none.
         - `max_folded`: the share of actions at which the transport map may fold.
         - `num_calibration`: the number of actions drawn to settle the final scale.
         - `measure`: how the KL is measured. By default with the score of the metric.
@@ -117,6 +125,8 @@ class Residual(AbstractRefinement):
             ("num_calibration", num_calibration, 2048),
         ):
             check_positive_integer(name, value, example)
+        check_at_least("damping", damping, 0, 0.1)
+        check_at_least("max_folded", max_folded, 0, 0.02)
         self.metric = metric
         self.radius = radius
         self.network = network
@@ -125,6 +135,7 @@ class Residual(AbstractRefinement):
         self.num_updates = num_updates
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.damping = damping
         self.max_folded = max_folded
         self.num_calibration = num_calibration
         self.progress = progress
@@ -150,13 +161,13 @@ class Residual(AbstractRefinement):
             network = _zero_network(self, policy, observations, network_key)
         if not isinstance(self.radius, jax.core.Tracer) and self.radius == 0:
             return _NetworkDisplacement(network, jnp.zeros(()))
-        gradient_norm = _mean_gradient_norm(self, policy, critic, observations, scale_key)
+        gradient_norm, eigenvalue = _scales(self, policy, critic, observations, scale_key)
         optimiser_state = _optimiser(self).init(eqx.filter(network, eqx.is_inexact_array))
         # From a strong penalty down, so that no early step leaves the data.
         log_dual = jnp.zeros((), gradient_norm.dtype)
         network, _, _ = train(
             _update,
-            (self, policy, critic, observations, gradient_norm),
+            (self, policy, critic, observations, gradient_norm, eigenvalue),
             (network, optimiser_state, log_dual),
             self.num_updates,
             key=train_key,
@@ -213,16 +224,26 @@ def _draw(policy, observations, num, key):
 
 
 @eqx.filter_jit
-def _mean_gradient_norm(method, policy, critic, observations, key) -> Scalar:
-    o, a = _draw(policy, observations, method.batch_size, key)
-    g = jax.vmap(lambda o, a: critic_gradient(policy, critic, o, a))(o, a)
-    norms = jnp.linalg.norm(g.reshape(method.batch_size, -1), axis=1)
-    mean = jnp.nanmean(jnp.where(jnp.isfinite(norms), norms, jnp.nan))
-    return jnp.where(mean > 0, mean, 1)
+def _scales(method, policy, critic, observations, key) -> tuple[Scalar, Scalar]:
+    """The mean norm of the critic's gradient, and the mean eigenvalue of the metric."""
+    draw_key, metric_key = jr.split(key)
+    o, a = _draw(policy, observations, method.num_calibration, draw_key)
+
+    def norm_and_eigenvalue(row):
+        o, a = row
+        metric = method.metric.operator(policy, o, a, key=metric_key)
+        g = critic_gradient(policy, critic, o, a)
+        return jnp.linalg.norm(g.reshape(-1)), jnp.mean(lx.diagonal(metric))
+
+    norms, eigenvalues = lax.map(norm_and_eigenvalue, (o, a), batch_size=256)
+    norm, eigenvalue = (
+        jnp.mean(jnp.where(jnp.isfinite(values), values, 0)) for values in (norms, eigenvalues)
+    )
+    return jnp.where(norm > 0, norm, 1), eigenvalue
 
 
 def _update(args, state, key, step):
-    method, policy, critic, observations, gradient_norm = args
+    method, policy, critic, observations, gradient_norm, eigenvalue = args
     network, optimiser_state, log_dual = state
     draw_key, cost_key = jr.split(key)
     o, a = _draw(policy, observations, method.batch_size, draw_key)
@@ -234,6 +255,7 @@ def _update(args, state, key, step):
         g, finite = finite_or_zero(critic_gradient(policy, critic, o, lax.stop_gradient(a + δ)))
         gain = jnp.sum(lax.stop_gradient(g / gradient_norm) * δ)
         cost = method.metric.cost(policy, o, a, lambda a: network(o, a), key=key)
+        cost = cost + 0.5 * method.damping * eigenvalue * jnp.sum(δ**2)
         return jnp.where(finite, gain, 0), cost
 
     @eqx.filter_value_and_grad(has_aux=True)
@@ -271,10 +293,7 @@ def _final_scale(method, policy, network, observations, key) -> Scalar:
 
     def measure(scale):
         def terms(o, a, δ, J):
-            def score(a):
-                return method.measure.score(policy, o, a)
-
-            return method.measure.terms(score, a, scale * δ, scale * J)
+            return method.measure.terms(policy, o, a, scale * δ, scale * J)
 
         terms = over_rows(terms, o, a, δ, J)
         return jnp.mean(terms.kl), jnp.mean(terms.folded)

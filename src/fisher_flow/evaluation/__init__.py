@@ -1,0 +1,1 @@
+from ._evaluate import evaluate as evaluate

@@ -1,0 +1,92 @@
+from typing import TYPE_CHECKING, Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from .._misc import check_positive_integer
+
+
+if TYPE_CHECKING:
+    import gymnasium
+
+
+class _Samples(Protocol):
+    def sample(self, observation: Any, *, key: Any) -> Any: ...
+
+
+def evaluate(
+    policy: _Samples,
+    envs: "gymnasium.vector.VectorEnv",
+    *,
+    seed: int = 0,
+    max_steps: int = 100_000,
+) -> np.ndarray:
+    """Plays one episode in each environment of a Gymnasium vector environment.
+
+    !!! example
+
+        ```python
+        import functools
+        import fisher_flow
+        import gymnasium
+        import jax.numpy as jnp
+
+        def velocity(t, x, observation):  # noise of standard deviation 1/4, whatever the state
+            return -0.9375 * (1 - t) * x / (1 - 0.9375 * t * (2 - t))
+
+        policy = fisher_flow.FlowPolicy(velocity, action_shape=(1,), bounds=(-2, 2))
+        make = functools.partial(gymnasium.make, "Pendulum-v1")
+        envs = gymnasium.vector.SyncVectorEnv([make] * 4)
+        returns = fisher_flow.evaluate(policy, envs, seed=0)
+        ```
+
+    **Arguments:**
+
+    - `policy`: any policy: an object with `sample(observation, key=key)` for one observation. All
+        environments are acted in by one batch.
+    - `envs`: the environments, one episode each.
+
+    **Other arguments:**
+
+    - `seed`: seeds the start states (environment `i` starts from `seed + i`) and the actions. The
+        same seed gives every policy the same start states.
+    - `max_steps`: the number of steps after which episodes that have not ended raise.
+
+    **Returns:**
+
+    The undiscounted return of each episode.
+
+    **Raises:**
+
+    - `RuntimeError` if an episode does not end within `max_steps`.
+    """
+    check_positive_integer("max_steps", max_steps, 100_000)
+    observations, _ = envs.reset(seed=seed)
+    key = jr.key(seed)
+    returns = np.zeros(envs.num_envs)
+    running = np.ones(envs.num_envs, bool)
+    for step in range(max_steps):
+        actions = _act(policy, observations, key, jnp.asarray(step))
+        observations, rewards, terminated, truncated, _ = envs.step(np.asarray(actions))
+        returns += np.where(running, rewards, 0)
+        running &= ~(terminated | truncated)
+        if not running.any():
+            return returns
+    raise RuntimeError(
+        f"{running.sum()} of {envs.num_envs} episodes did not end within `max_steps={max_steps}`. "
+        'Give the environment a time limit: `gymnasium.make("Pendulum-v1", max_episode_steps=200)`.'
+    )
+
+
+@eqx.filter_jit
+def _act(policy, observations, key, step):
+    observations = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.result_type(float)) if leaf.dtype == jnp.float64 else leaf,
+        observations,
+    )
+    (num_envs,) = {leaf.shape[0] for leaf in jax.tree.leaves(observations)}
+    keys = jr.split(jr.fold_in(key, step), num_envs)
+    return jax.vmap(lambda o, key: policy.sample(o, key=key))(observations, keys)

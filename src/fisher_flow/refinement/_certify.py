@@ -1,0 +1,238 @@
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from .._custom_types import Critic
+from .._divergence import value_and_jacobian
+from .._misc import batch_length, check_instance, check_positive_integer
+from ._method import critic_value
+from ._refined_policy import RefinedPolicy
+
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+
+class Certificate(eqx.Module):
+    """What a refinement costs and gains, measured; made by [`fisher_flow.certify`][].
+
+    Standard errors are over observations (over actions if there is one observation only).
+    """
+
+    kl: Scalar
+    """The measured KL from the unrefined policy, in nats, averaged over observations."""
+
+    kl_stderr: Scalar
+    """Its standard error."""
+
+    kl_predicted: Scalar
+    """The mean cost by the metric of the flow; it should be near `kl` for metrics that predict a
+    KL."""
+
+    radius: Scalar
+    """The KL that was asked for."""
+
+    folded: Scalar
+    """The share of actions at which the map is not one-to-one. There `kl` does not hold; more than
+    a few per cent make it unreliable. Raise the damping or lower the radius."""
+
+    improvement: Scalar
+    """The mean gain in the critic's value, in its own units."""
+
+    improvement_stderr: Scalar
+    """Its standard error."""
+
+    stein: Scalar
+    """The mean Stein residual. It should be zero within a few standard errors; if it is not, the
+    score is not that of the actions and `kl` is off: try another `time` of the score."""
+
+    stein_stderr: Scalar
+    """Its standard error."""
+
+    non_finite: Scalar
+    """The share of actions that were left in place because the gradient of the critic, or the
+    displacement, was not finite there. It should be zero; if it is not, the critic is broken."""
+
+    num_actions: int = eqx.field(static=True)
+    """The number of actions measured."""
+
+    num_observations: int = eqx.field(static=True)
+    """The number of observations they were drawn at."""
+
+    fractions: Float[Array, " fractions"]
+    """Fractions of the displacement, from 0 to 1.5, for the curves of `plot`."""
+
+    kl_by_fraction: Float[Array, " fractions"]
+    """The KL measured at each fraction."""
+
+    kl_stderr_by_fraction: Float[Array, " fractions"]
+    """Its standard error."""
+
+    gains: Float[Array, " actions"]
+    """The gain in the critic's value at each action."""
+
+    def __str__(self) -> str:
+        rows = [
+            ("measured KL (nats)", f"{self.kl:.4g} ± {self.kl_stderr:.2g}"),
+            ("  asked for", f"{self.radius:.4g}"),
+            ("  predicted by the metric", f"{self.kl_predicted:.4g}"),
+            ("gain in Q", f"{self.improvement:.4g} ± {self.improvement_stderr:.2g}"),
+            ("folded", f"{100 * self.folded:.2f} %"),
+            ("Stein residual", f"{self.stein:.2g} ± {self.stein_stderr:.2g}"),
+            ("not finite, left in place", f"{100 * self.non_finite:.2f} %"),
+            ("actions, observations", f"{self.num_actions}, {self.num_observations}"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def plot(self) -> "matplotlib.figure.Figure":
+        """Draws the measured and the predicted KL along the displacement, and the gains.
+
+        **Returns:**
+
+        A Matplotlib figure. Needs Matplotlib: `pip install matplotlib`.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(self.fractions, self.kl_by_fraction, color="C0", label="measured (95% interval)")
+        left.fill_between(
+            self.fractions,
+            self.kl_by_fraction - 1.96 * self.kl_stderr_by_fraction,
+            self.kl_by_fraction + 1.96 * self.kl_stderr_by_fraction,
+            color="C0",
+            alpha=0.25,
+            linewidth=0,
+        )
+        predicted = self.kl_predicted * self.fractions**2
+        left.plot(self.fractions, predicted, "--", color="C1", label="predicted by the metric")
+        left.axhline(float(self.radius), color="0.5", linewidth=1, label="radius")
+        left.axvline(1.0, color="0.5", linewidth=1, linestyle=":")
+        top = max(float(jnp.nanmax(self.kl_by_fraction)), float(self.radius))
+        left.set(ylim=(0, 1.2 * top if top > 0 else 1))
+        left.set(xlabel="fraction of the displacement", ylabel="KL (nats)")
+        left.legend(frameon=False)
+        right.hist(self.gains, bins=60, color="C2")
+        right.axvline(0.0, color="0.5", linewidth=1)
+        right.axvline(float(self.improvement), color="k", linewidth=1, label="mean")
+        right.set(xlabel="gain in Q of one action", ylabel="actions")
+        right.legend(frameon=False)
+        return figure
+
+
+def certify(
+    refined: RefinedPolicy,
+    critic: Critic,
+    observations: PyTree[Any],
+    *,
+    num_actions: int = 4096,
+    key: PRNGKeyArray,
+) -> Certificate:
+    r"""Measures what a refined policy costs and gains, on actions drawn afresh.
+
+    **Arguments:**
+
+    - `refined`: the policy that `refine` returned. Its KL is from the policy that it refines: in a
+        chain, that of the last step.
+    - `critic`: called as `critic(observation, action)`; the judge of the gain, which may be another
+        than the one that refined.
+    - `observations`: the observations to measure at, any PyTree of arrays with a leading axis. Take
+        ones that the refinement has not seen.
+
+    **Other arguments:**
+
+    - `num_actions`: about how many actions to draw, spread evenly over the observations.
+    - `key`: a `jax.random.key`.
+
+    **Returns:**
+
+    A [`fisher_flow.Certificate`][], which prints as a table.
+
+    **Raises:**
+
+    - `ValueError` if `refined` is not a refined policy.
+    """
+    check_instance("refined", refined, RefinedPolicy, "fisher_flow.refine(policy, critic)")
+    check_positive_integer("num_actions", num_actions, 4096)
+    length = batch_length("observations", observations)
+    observations = jax.tree.map(jnp.asarray, observations)
+    return _certify(refined, critic, observations, -(-num_actions // length), key)
+
+
+@eqx.filter_jit
+def _certify(refined, critic, observations, num_per_observation, key) -> Certificate:
+    policy, method = refined.policy, refined.method
+    length = batch_length("observations", observations)
+    fractions = jnp.linspace(0, 1.5, 7)
+
+    def of_action(o, key):
+        action_key, metric_key = jr.split(key)
+        a = policy.draw(o, key=action_key)
+
+        def scaled_terms(fraction):
+            terms = method.measure.terms(policy, o, a, fraction * δ, fraction * J)
+            # An action that stays costs nothing, whether or not it has a score.
+            return jax.tree.map(lambda leaf: jnp.where(moved, leaf, jnp.zeros_like(leaf)), terms)
+
+        def affine(x):  # the field to first order about `a`, which is all that its cost depends on
+            return δ + (J @ (x - a).reshape(-1)).reshape(a.shape)
+
+        δ, J, finite = value_and_jacobian(
+            lambda a: refined.checked_displacement(o, a), a, has_aux=True
+        )
+        moved = jnp.any(δ != 0)
+        terms = jax.vmap(scaled_terms)(fractions.astype(a.dtype))
+        predicted = method.metric.cost(policy.flow_policy, o, a, affine, key=metric_key)
+        gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
+        return dict(
+            terms=terms,
+            predicted=jnp.where(moved, predicted, 0),
+            gain=jnp.where(moved, gain, 0),
+            non_finite=~finite,
+        )
+
+    def of_observation(row):
+        o, key = row
+        keys = jr.split(key, num_per_observation)
+        return jax.vmap(lambda key: of_action(o, key))(keys)
+
+    rows_at_once = max(1, 256 // num_per_observation)
+    results = lax.map(
+        of_observation, (observations, jr.split(key, length)), batch_size=rows_at_once
+    )
+
+    def mean_and_stderr(values):
+        # Actions of one observation are correlated; observations are not.
+        means = jnp.mean(values, axis=1) if length > 1 else values[0]
+        stderr = jnp.std(means, axis=0, ddof=1) / jnp.sqrt(means.shape[0])
+        return jnp.mean(means, axis=0), stderr
+
+    whole = 4  # fractions[4] == 1
+    terms = results["terms"]
+    kls, kl_stderrs = mean_and_stderr(terms.kl)
+    stein, stein_stderr = mean_and_stderr(terms.stein[..., whole])
+    improvement, improvement_stderr = mean_and_stderr(results["gain"])
+    return Certificate(
+        kl=kls[whole],
+        kl_stderr=kl_stderrs[whole],
+        kl_predicted=jnp.mean(results["predicted"]),
+        radius=jnp.asarray(method.radius, kls.dtype),
+        folded=jnp.mean(terms.folded[..., whole]),
+        improvement=improvement,
+        improvement_stderr=improvement_stderr,
+        stein=stein,
+        stein_stderr=stein_stderr,
+        non_finite=jnp.mean(results["non_finite"]),
+        num_actions=length * num_per_observation,
+        num_observations=length,
+        fractions=fractions.astype(kls.dtype),
+        kl_by_fraction=kls,
+        kl_stderr_by_fraction=kl_stderrs,
+        gains=results["gain"].reshape(-1),
+    )

@@ -1,0 +1,1 @@
+from ._critic import fit_critic as fit_critic, QEnsemble as QEnsemble
