@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 
@@ -11,6 +12,9 @@ Observation: TypeAlias = PyTree[Any]
 
 # One action, of the policy's `action_shape`, which may be `()`, `(5,)` or `(16, 7)`.
 Action: TypeAlias = Float[Array, "..."]
+
+# A column of logged data, on the device or not.
+Data: TypeAlias = Array | np.ndarray
 
 # `critic(observation, action) -> scalar`: how good an action is; more is better.
 Critic: TypeAlias = Callable[[Any, Any], Any]

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
@@ -48,16 +49,13 @@ def check_at_least(name: str, value: Any, minimum: float, example: float) -> Non
 def batch_length(name: str, tree: PyTree[Any]) -> int:
     """The length of the leading axis that all the leaves of `tree` share."""
     leaves = jax.tree.leaves_with_path(tree)
-    lengths = {
-        name + jax.tree_util.keystr(path): (jnp.shape(leaf)[0] if jnp.ndim(leaf) > 0 else None)
-        for path, leaf in leaves
-    }
-    if len(leaves) == 0 or None in lengths.values():
+    if len(leaves) == 0 or any(jnp.ndim(leaf) == 0 for _, leaf in leaves):
         raise ValueError(
             f"`{name}` must be a batch: every array in it needs a leading batch axis, but got "
             f"{eqx.tree_pformat(tree)}. For a single observation write "
             f"`{name}=jax.tree.map(lambda leaf: leaf[None], {name})`."
         )
+    lengths = {name + jax.tree_util.keystr(path): int(jnp.shape(leaf)[0]) for path, leaf in leaves}
     if len(set(lengths.values())) > 1:
         raise ValueError(
             f"All the arrays in `{name}` must have the same leading length, but got {lengths}. "

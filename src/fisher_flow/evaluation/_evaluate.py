@@ -1,4 +1,4 @@
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, runtime_checkable, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import gymnasium
 
 
+@runtime_checkable
 class _Samples(Protocol):
     def sample(self, observation: Any, *, key: Any) -> Any: ...
 

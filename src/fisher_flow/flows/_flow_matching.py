@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Float, PRNGKeyArray, PyTree, Scalar
 
-from .._custom_types import Action, Observation
+from .._custom_types import Action, Data, Observation
 from .._misc import check_equal_lengths, check_instance, check_positive_integer
 from .._training import apply_gradient, train
 from ._policy import FlowPolicy
@@ -56,8 +56,8 @@ def flow_matching_loss(
 
 def fit_flow(
     policy: FlowPolicy,
-    observations: PyTree[Float[Array, "batch ..."]],
-    actions: Float[Array, "batch ..."],
+    observations: PyTree[Float[Data, "batch ..."]],
+    actions: Float[Data, "batch ..."],
     *,
     num_updates: int = 20_000,
     batch_size: int = 256,

@@ -110,7 +110,7 @@ class AbstractAffineGaussianPath(eqx.Module):
     def time_at_noise_ratio(self, ratio: ScalarLike) -> Scalar:
         r"""The time at which $\sigma / \alpha$ equals `ratio`; inverse of `noise_ratio`."""
         ratio = lax.stop_gradient(jnp.asarray(ratio))
-        ε = jnp.finfo(ratio.dtype).eps
+        ε = float(jnp.finfo(ratio.dtype).eps)
         solution = optx.root_find(
             lambda t, _: self.sigma(t) - ratio * self.alpha(t),
             optx.Bisection(rtol=2 * ε, atol=ε),

@@ -7,7 +7,7 @@ their values only; their derivatives solve a Sylvester equation, which never deg
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, ScalarLike
 
 
 @jax.custom_jvp
@@ -29,7 +29,7 @@ def _solve_sylvester_jvp(primals, tangents):
 def _square_root(B: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """The square root of a symmetric positive definite matrix."""
     w, V = jnp.linalg.eigh(B)
-    return (V * jnp.sqrt(jnp.maximum(w, 0))) @ V.T
+    return (V * jnp.sqrt(jnp.maximum(w, 0))[None]) @ V.T
 
 
 @_square_root.defjvp
@@ -39,7 +39,7 @@ def _square_root_jvp(primals, tangents):
     return X, _solve_sylvester(X, B_dot)
 
 
-def smooth_positive_part(A: Float[Array, "n n"], smoothing: float) -> Float[Array, "n n"]:
+def smooth_positive_part(A: Float[Array, "n n"], smoothing: ScalarLike) -> Float[Array, "n n"]:
     r"""Maps each eigenvalue of a symmetric matrix by $\tfrac12 (\lambda + \sqrt{\lambda^2 + ε^2})$.
 
     The width `ε` of the corner is `smoothing` times the root mean square of the eigenvalues.
@@ -47,5 +47,5 @@ def smooth_positive_part(A: Float[Array, "n n"], smoothing: float) -> Float[Arra
     n = A.shape[0]
     mean_square = jnp.sum(A**2) / n
     # A zero matrix has no scale of its own; the floor keeps its square root differentiable.
-    ε2 = smoothing**2 * mean_square + jnp.finfo(A.dtype).tiny ** 0.5
+    ε2 = jnp.asarray(smoothing, A.dtype) ** 2 * mean_square + jnp.finfo(A.dtype).tiny ** 0.5
     return 0.5 * (A + _square_root(A @ A + ε2 * jnp.eye(n, dtype=A.dtype)))

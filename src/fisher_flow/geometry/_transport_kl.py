@@ -21,8 +21,8 @@ class TransportTerms(NamedTuple):
     r"""Nats; the KL is its mean over the actions of the policy."""
 
     folded: Bool[Array, ""]
-    r"""Whether $\det(I + \nabla\delta) \le 0$, so that $T$ is not one-to-one here; or the map or the
-    score is not finite here, so that nothing is known. Such an action enters the KL with zero."""
+    r"""Whether $\det(I + \nabla\delta) \le 0$, so that $T$ is not one-to-one here; or the map or
+    the score is not finite here, so that nothing is known, and the KL here is given as zero."""
 
     stein: Scalar
     r"""The Stein residual $s \cdot \delta + \nabla \cdot \delta$, of mean zero if $s$ is right."""
@@ -85,7 +85,8 @@ class TransportKL(eqx.Module):
         A named tuple of
 
         - `kl`: nats, whose mean over the actions of the policy is the KL.
-        - `folded`: whether $\det(I + \nabla\delta) \le 0$ at this action, or anything is not finite.
+        - `folded`: whether $\det(I + \nabla\delta) \le 0$ at this action, or something is not
+            finite there.
         - `stein`: the Stein residual $s \cdot \delta + \nabla \cdot \delta$.
         """
         δ, J = value_and_jacobian(displacement, action)
@@ -118,7 +119,7 @@ class TransportKL(eqx.Module):
         # Node zero is the action itself; all the nodes are one batch for the network.
         τ = jnp.asarray(np.concatenate([[0.0], 0.5 * (nodes + 1)]), a.dtype)
         s = jax.vmap(lambda τ: self.score(flow, observation, a + τ * δ))(τ)
-        change = jnp.tensordot(jnp.asarray(0.5 * weights, a.dtype), s[1:] - s[0], axes=1)
+        change = jnp.tensordot(jnp.asarray(0.5 * weights, a.dtype), s[1:] - s[:1], axes=1)
         identity = jnp.eye(a.size, dtype=a.dtype)
         sign, log_det = jnp.linalg.slogdet(identity + J)
         divergence = jnp.trace(J)
@@ -128,5 +129,6 @@ class TransportKL(eqx.Module):
             stein=jnp.sum(s[0] * δ) + divergence,
         )
         known = jnp.isfinite(terms.kl) & jnp.isfinite(terms.stein)
-        unknown = TransportTerms(jnp.zeros_like(terms.kl), True, jnp.zeros_like(terms.stein))
+        zero = jnp.zeros_like(terms.kl)
+        unknown = TransportTerms(kl=zero, folded=jnp.asarray(True), stein=zero)
         return jax.tree.map(lambda x, y: jnp.where(known, x, y), terms, unknown)

@@ -23,7 +23,8 @@ class RefinedPolicy(AbstractFlowPolicy):
 
     and a score
 
-    $$s'(T(a)) = (I + \nabla\delta)^{-\top} \bigl(s(a) - \nabla \log |\det(I + \nabla\delta)|\bigr),$$
+    $$s'(T(a)) = (I + \nabla\delta)^{-\top}
+        \bigl(s(a) - \nabla \log |\det(I + \nabla\delta)|\bigr),$$
 
     so it can be refined again.
     """
@@ -32,6 +33,25 @@ class RefinedPolicy(AbstractFlowPolicy):
     critic: Critic
     displacement_field: AbstractDisplacement
     method: AbstractRefinement
+
+    def __init__(
+        self,
+        policy: AbstractFlowPolicy,
+        critic: Critic,
+        displacement_field: AbstractDisplacement,
+        method: AbstractRefinement,
+    ):
+        """**Arguments:**
+
+        - `policy`: the policy to refine.
+        - `critic`: the critic to refine it by.
+        - `displacement_field`: the displacement of its actions.
+        - `method`: how the displacement was found.
+        """
+        self.policy = policy
+        self.critic = critic
+        self.displacement_field = displacement_field
+        self.method = method
 
     @property
     def action_shape(self) -> tuple[int, ...]:
@@ -192,8 +212,8 @@ def _inverse_jvp(primals, tangents):
     a = _inverse(map_and_observation, y)
     _, J = value_and_jacobian(lambda a: _moved(map_and_observation, a), a)
     _, T_dot = eqx.filter_jvp(lambda m: _moved(m, a), (map_and_observation,), (map_dot,))
-    rhs = sum(x for x in (y_dot, None if T_dot is None else -T_dot) if x is not None)
-    return a, jnp.linalg.solve(J, rhs.reshape(-1)).reshape(a.shape)
+    rhs = (0 if y_dot is None else y_dot) - (0 if T_dot is None else T_dot)
+    return a, jnp.linalg.solve(J, jnp.reshape(rhs, -1)).reshape(a.shape)
 
 
 def _moved(map_and_observation, action):

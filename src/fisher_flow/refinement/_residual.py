@@ -3,6 +3,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
@@ -38,8 +39,9 @@ class Residual(AbstractRefinement):
     over actions $a$ drawn from the policy. The metric gives the cost and its mean eigenvalue
     $\bar g$, and $\lambda$ is the damping: without it a network drifts along fields that cost
     nothing to second order, such as a rotation within the level sets of the density, until their
-    higher orders fold the map. The dual variable $\beta$ rises while the *measured* KL is above the radius $\epsilon$ and falls while it is
-    below. When training ends, the displacement is scaled so that the measured KL meets the radius.
+    higher orders fold the map. The dual variable $\beta$ rises while the *measured* KL is above
+    the radius $\epsilon$ and falls while it is below. When training ends, the displacement is
+    scaled so that the measured KL meets the radius.
     No gradient reaches the policy or the critic.
 
     Its gain is that of the whole field: where [`fisher_flow.NaturalStep`][] solves for each action

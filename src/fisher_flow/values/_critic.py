@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from .._custom_types import Action, Observation
+from .._custom_types import Action, Data, Observation
 from .._misc import check_equal_lengths, check_instance, check_positive_integer, ravel_inputs
 from .._training import apply_gradient, train
 
@@ -91,12 +91,12 @@ class QEnsemble(eqx.Module):
 
 def fit_critic(
     critic: QEnsemble,
-    observations: PyTree[Float[Array, "batch ..."]],
-    actions: Float[Array, "batch ..."],
-    rewards: Float[Array, " batch"],
-    next_observations: PyTree[Float[Array, "batch ..."]],
-    next_actions: Float[Array, "batch ..."],
-    masks: Float[Array, " batch"],
+    observations: PyTree[Float[Data, "batch ..."]],
+    actions: Float[Data, "batch ..."],
+    rewards: Float[Data, " batch"],
+    next_observations: PyTree[Float[Data, "batch ..."]],
+    next_actions: Float[Data, "batch ..."],
+    masks: Float[Data, " batch"],
     *,
     discount: float = 0.99,
     target_rate: float = 0.005,
