@@ -42,7 +42,8 @@ def train(
             state, logs = _run_chunk(
                 update, args, state, jnp.asarray(start), jnp.asarray(stop), key
             )
-            bar.set_postfix({name: f"{float(value):.3g}" for name, value in logs.items()})
+            if progress:
+                bar.set_postfix({name: f"{float(value):.3g}" for name, value in logs.items()})
             bar.update(stop - start)
     return state
 

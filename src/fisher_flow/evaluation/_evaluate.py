@@ -36,7 +36,7 @@ def evaluate(
         import jax.numpy as jnp
 
         def velocity(t, x, observation):  # noise of standard deviation 1/4, whatever the state
-            return -0.9375 * (1 - t) * x / (1 - 0.9375 * t * (2 - t))
+            return (t / 16 - (1 - t)) / (t**2 / 16 + (1 - t) ** 2) * x
 
         policy = fisher_flow.FlowPolicy(velocity, action_shape=(1,), bounds=(-2, 2))
         make = functools.partial(gymnasium.make, "Pendulum-v1")

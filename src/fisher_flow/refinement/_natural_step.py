@@ -67,7 +67,7 @@ class NaturalStep(AbstractRefinement):
         damping: ScalarLike = 0.5,
         max_folded: ScalarLike = 0.02,
         num_auxiliary: int = 64,
-        num_calibration: int = 2048,
+        num_calibration: int = 4096,
         solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True),
         measure: TransportKL | None = None,
     ):
@@ -105,7 +105,7 @@ class NaturalStep(AbstractRefinement):
         check_at_least("damping", damping, 0, 0.5)
         check_at_least("max_folded", max_folded, 0, 0.02)
         check_positive_integer("num_auxiliary", num_auxiliary, 64)
-        check_positive_integer("num_calibration", num_calibration, 2048)
+        check_positive_integer("num_calibration", num_calibration, 4096)
         check_instance("solver", solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)")
         self.metric = metric
         self.radius = radius
@@ -187,9 +187,6 @@ class _StepPerState(AbstractDisplacement):
         # Few actions show few of the folds, hence one rung further up.
         damping = 4 * self.method.damping
         step = _settle(self.method, policy, critic, actions, over_rows, metric_key, damping)
-        # The length is a property of the state: it is held fixed where an action is varied.
-        frozen = lax.stop_gradient((step.damping, step.scale))
-        step = eqx.tree_at(lambda step: (step.damping, step.scale), step, frozen)
         return step(policy, critic, observation, action)
 
 
@@ -234,7 +231,14 @@ def _settle(
     key: PRNGKeyArray,
     damping: ScalarLike,
 ) -> _CalibratedStep:
-    """Settles the damping and the length of a step over a batch of actions."""
+    """Settles the damping and the length of a step over a batch of actions.
+
+    Both are constants of the result: no gradient flows through the search for them.
+    """
+    method, policy, critic, actions = jax.tree.map(
+        lambda leaf: lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf,
+        (method, policy, critic, actions),
+    )
     size = actions[0].size
     radius = jnp.asarray(method.radius, actions.dtype)
     zero = jnp.zeros((), actions.dtype)

@@ -90,7 +90,7 @@ class Residual(AbstractRefinement):
         learning_rate: ScalarLike = 1e-3,
         damping: ScalarLike = 0.1,
         max_folded: ScalarLike = 0.02,
-        num_calibration: int = 2048,
+        num_calibration: int = 4096,
         measure: TransportKL | None = None,
         progress: bool = True,
     ):
@@ -124,7 +124,7 @@ class Residual(AbstractRefinement):
             ("depth", depth, 3),
             ("num_updates", num_updates, 5000),
             ("batch_size", batch_size, 256),
-            ("num_calibration", num_calibration, 2048),
+            ("num_calibration", num_calibration, 4096),
         ):
             check_positive_integer(name, value, example)
         check_at_least("damping", damping, 0, 0.1)

@@ -1,0 +1,46 @@
+import random
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+
+# Before anything imports the library, so that every annotation in it is checked at run time.
+install_import_hook("fisher_flow", "typechecker.typechecker")
+
+# With 64-bit floats enabled, float32 is the harder dtype to preserve.
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+class _GetKey:
+    def __init__(self, seed):
+        self.seed, self.count = seed, 0
+
+    def __call__(self):
+        self.count += 1
+        return jax.random.fold_in(jax.random.key(self.seed), self.count)
+
+    def __repr__(self):
+        return f"GetKey(seed={self.seed})"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="the seed of `getkey`; else random")
+
+
+@pytest.fixture
+def getkey(request):
+    """A new `jax.random.key` at every call. The seed is random, and shown when a test fails."""
+    seed = request.config.getoption("--seed")
+    seed = random.randrange(2**31) if seed is None else seed
+    print(f"rerun with --seed={seed}")
+    return _GetKey(seed)
+
+
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """For training: the schedules of Optax raise a float to an integer count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

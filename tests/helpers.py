@@ -1,0 +1,200 @@
+"""Closed forms, and the lists over which laws are tested.
+
+The closed forms come from SciPy's distributions and quadrature, never from the library.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.scipy as jsp
+import numpy as np
+import pytest
+
+import fisher_flow as ff
+
+
+dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+
+
+class CosinePath(ff.AbstractAffineGaussianPath):
+    def alpha(self, t):
+        return jnp.sin(jnp.pi / 2 * t)
+
+    def sigma(self, t):
+        return jnp.cos(jnp.pi / 2 * t)
+
+
+paths = [ff.LinearPath(), CosinePath()]
+
+scores = [
+    ff.PaperScore(time=0.9),
+    ff.PerturbedScore(time=0.9, order=1),
+    ff.PerturbedScore(time=0.9, order=2),
+]
+
+# Every metric, as a function of the estimate of the score.
+metrics = {
+    "Euclidean": lambda score: ff.Euclidean(),
+    "ScoreOuterProduct": lambda score: ff.ScoreOuterProduct(score),
+    "ScoreOuterProduct in nats": lambda score: ff.ScoreOuterProduct(score, normalise=False),
+    "AveragedFisher": lambda score: ff.AveragedFisher(score),
+    "AveragedFisher in nats": lambda score: ff.AveragedFisher(score, normalise=False),
+    "ObservedInformation": lambda score: ff.ObservedInformation(score),
+    "FisherRao": lambda score: ff.FisherRao(score),
+    "FisherRao with probes": lambda score: ff.FisherRao(score, num_probes=2),
+}
+
+
+def tree_allclose(x, y, *, rtol=1e-5, atol=1e-8):
+    """Whether two PyTrees agree: in structure, in shapes and dtypes, and up to rounding."""
+    return bool(eqx.tree_equal(x, y, typematch=True, rtol=rtol, atol=atol))
+
+
+class Mixture(eqx.Module):
+    """A Gaussian mixture and its closed forms."""
+
+    means: jax.Array
+    covariances: jax.Array
+    weights: jax.Array
+
+    def log_prob(self, x):
+        components = jax.vmap(jsp.stats.multivariate_normal.logpdf, in_axes=(None, 0, 0))
+        return jsp.special.logsumexp(
+            components(x, self.means, self.covariances), b=self.weights / self.weights.sum()
+        )
+
+    def score(self, x):
+        return jax.grad(self.log_prob)(x)
+
+    def sample(self, num, key):
+        """Exact samples, without a flow."""
+        row_key, noise_key = jr.split(key)
+        rows = jr.categorical(row_key, jnp.log(self.weights), shape=(num,))
+        noise = jr.normal(noise_key, (num, self.means.shape[1]), self.means.dtype)
+        roots = jnp.linalg.cholesky(self.covariances)
+        return self.means[rows] + jnp.einsum("nij,nj->ni", roots[rows], noise)
+
+    def smoothed(self, variance):
+        identity = jnp.eye(self.means.shape[1], dtype=self.means.dtype)
+        return Mixture(self.means, self.covariances + variance * identity[None], self.weights)
+
+    def at_time(self, path, t):
+        """The marginal along a path at time `t`."""
+        identity = jnp.eye(self.means.shape[1], dtype=self.means.dtype)
+        α, σ = path.alpha(t), path.sigma(t)
+        return Mixture(α * self.means, α**2 * self.covariances + σ**2 * identity[None], self.weights)
+
+    def velocity(self, path=ff.LinearPath()):
+        return ff.GaussianMixtureVelocity(self.means, self.covariances, self.weights, path=path)
+
+    def policy(self, path=ff.LinearPath(), **options):
+        return ff.FlowPolicy(self.velocity(path), self.means.shape[1:], path=path, **options)
+
+
+def gaussian(mean, covariance, dtype=jnp.float64):
+    mean, covariance = jnp.asarray(mean, dtype), jnp.asarray(covariance, dtype)
+    return Mixture(mean[None], covariance[None], jnp.ones(1, dtype))
+
+
+def random_covariance(key, size, dtype=jnp.float64):
+    """Eigenvalues between 0.25 and 2, in a random basis."""
+    basis_key, value_key = jr.split(key)
+    basis = jnp.linalg.qr(jr.normal(basis_key, (size, size), dtype))[0]
+    values = jr.uniform(value_key, (size,), dtype, 0.25, 2.0)
+    covariance = basis @ jnp.diag(values) @ basis.T
+    return 0.5 * (covariance + covariance.T)
+
+
+def bimodal(dtype=jnp.float64):
+    """Two unequal modes in the plane."""
+    return Mixture(
+        jnp.asarray([[-1.0, 0.5], [1.5, 0.0]], dtype),
+        jnp.asarray([[[0.6, 0.2], [0.2, 0.3]], [[0.2, 0.0], [0.0, 0.8]]], dtype),
+        jnp.asarray([0.4, 0.6], dtype),
+    )
+
+
+def correlated(dtype=jnp.float64):
+    """One Gaussian in the plane, written with two components: the shapes of `bimodal`."""
+    mean, covariance = jnp.asarray([0.3, -0.2], dtype), jnp.asarray([[1.0, 0.5], [0.5, 0.4]], dtype)
+    return Mixture(jnp.stack([mean] * 2), jnp.stack([covariance] * 2), jnp.ones(2, dtype))
+
+
+def bimodal_1d(dtype=jnp.float64):
+    return Mixture(
+        jnp.asarray([[-1.0], [1.2]], dtype),
+        jnp.asarray([[[0.3]], [[0.6]]], dtype),
+        jnp.asarray([0.4, 0.6], dtype),
+    )
+
+
+def gaussian_kl(mean, covariance, base_mean, base_covariance):
+    """KL(N(mean, covariance) ‖ N(base_mean, base_covariance)), in nats."""
+    arguments = mean, covariance, base_mean, base_covariance
+    mean, covariance, base_mean, base_covariance = map(np.asarray, arguments)
+    precision, difference = np.linalg.inv(base_covariance), mean - base_mean
+    return 0.5 * (
+        np.trace(precision @ covariance)
+        + difference @ precision @ difference
+        - len(mean)
+        + np.linalg.slogdet(base_covariance)[1]
+        - np.linalg.slogdet(covariance)[1]
+    )
+
+
+def affine_kl(base, A, b):
+    """The KL that the map a ↦ a + A a + b of a Gaussian costs."""
+    (mean,), (covariance,), T = base.means, base.covariances, A + np.eye(len(b))
+    return gaussian_kl(T @ mean + b, T @ covariance @ T.T, mean, covariance)
+
+
+class ShiftedVelocity(eqx.Module):
+    """A mixture whose means are moved by the observation."""
+
+    mixture: ff.GaussianMixtureVelocity
+
+    def __call__(self, t, x, observation):
+        α, _, α_dot, _ = self.mixture.path.schedule(t)
+        return self.mixture(t, x - α * observation, None) + α_dot * observation
+
+
+class Critic(eqx.Module):
+    """offset + scale · (linear · u - ½ curvature |u|²), u = a - o; all zero but `linear` at first.
+
+    Its gradient is NaN where the first entry of the action is beyond `cutoff`. The numbers are
+    arrays, so that critics which differ in them share one compilation.
+    """
+
+    linear: jax.Array
+    scale: jax.Array
+    offset: jax.Array
+    curvature: jax.Array
+    cutoff: jax.Array
+
+    def __init__(self, linear, dtype, *, scale=1.0, offset=0.0, curvature=0.0, cutoff=jnp.inf):
+        self.linear, self.scale, self.offset, self.curvature, self.cutoff = (
+            jnp.asarray(x, dtype) for x in (linear, scale, offset, curvature, cutoff)
+        )
+
+    def __call__(self, observation, action):
+        u = action - observation
+        value = jnp.sum(self.linear * u) - 0.5 * self.curvature * jnp.sum(u**2)
+        first = action.reshape(-1)[0]
+        broken = jnp.where(first > self.cutoff, jnp.nan, 0.0).astype(action.dtype) * first
+        return self.offset + self.scale * value + broken
+
+
+def observed_order(errors):
+    """The order of convergence from errors at step sizes that halve."""
+    errors = np.asarray(errors)
+    return np.log2(errors[:-1] / errors[1:])
+
+
+def within(samples, expected, *, num_stderr=5.0):
+    """Whether the mean of independent samples agrees with its expectation: 5 standard errors leave
+    one chance in a million."""
+    samples = np.asarray(samples)
+    stderr = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+    assert np.all(stderr > 0), "there is nothing random here: compare exactly"
+    return bool(np.all(np.abs(samples.mean(axis=0) - np.asarray(expected)) <= num_stderr * stderr))

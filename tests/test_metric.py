@@ -1,0 +1,172 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import (
+    affine_kl,
+    bimodal,
+    dtypes,
+    gaussian,
+    metrics,
+    random_covariance,
+    scores,
+    tree_allclose,
+    within,
+)
+
+import fisher_flow as ff
+
+
+# A law that holds for every metric and every estimate of the score.
+every_metric = pytest.mark.parametrize(
+    "metric",
+    [
+        make_metric(score)
+        for name, make_metric in metrics.items()
+        for score in (scores[:1] if name == "Euclidean" else scores)
+    ],
+    ids=lambda metric: f"{type(metric).__name__}-{getattr(metric, 'score', None)}",
+)
+
+
+@every_metric
+@dtypes
+def test_laws_of_a_metric(metric, dtype, getkey):
+    policy = bimodal(dtype).policy(num_steps=2)
+    displacement = jnp.asarray([0.3, -0.7], dtype)
+    key = getkey()
+
+    def evaluate(a):
+        cost = lambda field: metric.cost(policy, None, a, field, key=key)
+        G = metric.operator(policy, None, a, key=key)
+        return dict(
+            matrix=G.as_matrix(),
+            quadratic=0.5 * displacement @ G.mv(displacement),
+            constant=cost(lambda a: displacement),
+            zero=cost(jnp.zeros_like),
+        )
+
+    # The last is far out, where the score is large.
+    actions = jnp.stack([*jr.normal(getkey(), (3, 2), dtype), jnp.asarray([4.0, -5.0], dtype)])
+    batch = jax.vmap(evaluate)(actions)  # not under `jit`
+    assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {jnp.dtype(dtype)}
+
+    G = np.asarray(batch["matrix"])
+    largest = np.abs(G).max(axis=(1, 2))
+    tol = 1e-12 if dtype == jnp.float64 else 1e-5
+    assert np.all(np.abs(G - G.swapaxes(1, 2)) <= tol * largest[:, None, None])
+    assert np.all(np.linalg.eigvalsh(G) >= -tol * largest[:, None])
+    assert np.all(batch["zero"] == 0)
+    # Where two terms of the score cancel, the quadratic form and the square round differently.
+    scale = tol * np.maximum(largest, 1)
+    assert np.all(np.abs(batch["constant"] - batch["quadratic"]) <= scale)
+
+    # Rounding, multiplied by the 1 / σ² of two derivatives.
+    tol = 1e-10 if dtype == jnp.float64 else 2e-3
+    jitted = jax.jit(evaluate)(actions[0])
+    assert tree_allclose(jitted, jax.tree.map(lambda leaf: leaf[0], batch), rtol=tol, atol=tol)
+
+
+def test_normalised_metrics_have_trace_one(getkey):
+    policy, action = bimodal().policy(num_steps=2), jr.normal(getkey(), (2,))
+    for name in "ScoreOuterProduct", "AveragedFisher":
+        G = metrics[name](scores[1]).operator(policy, None, action, key=getkey()).as_matrix()
+        assert np.allclose(np.trace(G), 1)
+
+
+def test_score_outer_product_where_the_score_vanishes():
+    # At the mode of a Gaussian: the metric is zero there, and so, not NaN, is its gradient.
+    policy = gaussian([0.0, 0.0], np.eye(2)).policy()
+    metric = ff.ScoreOuterProduct(ff.PerturbedScore(order=1))
+    cost = lambda a: metric.cost(policy, None, a, jnp.ones_like, key=jr.key(0))
+    value, gradient = jax.value_and_grad(cost)(jnp.zeros(2))
+    assert value == 0 and np.all(gradient == 0)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [1, 3])
+def test_observed_information_of_a_gaussian_is_its_precision(size, dtype, getkey):
+    base = gaussian(np.ones(size), random_covariance(getkey(), size), dtype)
+    metric = ff.ObservedInformation(ff.PerturbedScore(time=0.9, order=1), smoothing=0.0)
+    action = jr.normal(getkey(), (size,), dtype)
+    G = metric.operator(base.policy(), None, action, key=getkey()).as_matrix()
+    precision = np.linalg.inv(base.smoothed((0.1 / 0.9) ** 2).covariances[0])
+    # Rounding in the Jacobian of the score is multiplied by 1 / σ.
+    assert np.allclose(G, precision, rtol=1e-10 if dtype == jnp.float64 else 1e-4, atol=1e-4)
+
+
+def test_observed_information_can_be_differentiated(getkey):
+    # At an isotropic Gaussian all its eigenvalues agree, and it is the same at every action.
+    metric = ff.ObservedInformation(ff.PerturbedScore())
+    policy = gaussian(np.zeros(3), 0.5 * np.eye(3)).policy()
+    matrix = lambda a: metric.operator(policy, None, a, key=jr.key(0)).as_matrix()
+    action = jr.normal(getkey(), (3,))
+    first, second = jax.jit(lambda a: (jax.jacfwd(matrix)(a), jax.jacfwd(jax.jacfwd(matrix))(a)))(
+        action
+    )
+    assert np.allclose(first, 0, atol=1e-8) and np.allclose(second, 0, atol=1e-6)
+    assert np.allclose(jax.jit(jax.jacrev(matrix))(action), 0, atol=1e-8)
+
+
+def test_derivative_of_observed_information_matches_finite_differences(getkey):
+    metric, policy = ff.ObservedInformation(ff.PerturbedScore()), bimodal().policy()
+    action, direction = jr.normal(getkey(), (2, 2))
+    curve = lambda t: metric.operator(policy, None, action + t * direction, key=jr.key(0)).matrix
+    derivative, curve = jax.jit(jax.jacfwd(curve)), jax.jit(curve)
+    difference = (curve(1e-5) - curve(-1e-5)) / 2e-5
+    assert np.allclose(derivative(0.0), difference, rtol=1e-4, atol=1e-4)
+
+
+def test_averaged_fisher_of_a_gaussian_is_its_precision(getkey):
+    base = gaussian([0.5, -0.5], [[0.6, 0.2], [0.2, 0.3]])
+    metric = ff.AveragedFisher(
+        ff.PerturbedScore(), num_samples=20_000, damping=0.0, normalise=False
+    )
+    policy = base.policy(num_steps=200)  # Euler's error in the samples: half a per cent
+    G = jax.jit(lambda key: metric.operator(policy, None, jnp.zeros(2), key=key).as_matrix())
+    precision = np.linalg.inv(base.covariances[0])
+    # Of 20,000 samples, each entry has a standard error of at most 1% of the norm.
+    assert np.allclose(G(getkey()), precision, rtol=0, atol=0.05 * np.linalg.norm(precision))
+
+
+def mean_cost(metric, base, displacement, num):
+    """Over exact samples, a few thousand at a time."""
+    policy = base.policy()
+    cost = lambda a: metric.cost(policy, None, a, displacement, key=jr.key(0))
+    mean = jax.jit(lambda a: jnp.mean(jax.lax.map(cost, a, batch_size=2000)))
+    return float(mean(base.sample(num, jr.key(1))))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 21])
+def test_fisher_rao_predicts_the_kl_of_small_maps(size):
+    ε = 0.02
+    keys = jr.split(jr.key(size), 4)
+    base = gaussian(jr.normal(keys[0], (size,)), random_covariance(keys[1], size))
+    A = ε * jr.normal(keys[2], (size, size)) / np.sqrt(size)
+    b = ε * jr.normal(keys[3], (size,))
+    predicted = mean_cost(ff.FisherRao(), base, lambda a: A @ a + b, num=40_000)
+    # The cost has a standard deviation of up to four times its mean: 2% for the mean of 40,000.
+    assert np.allclose(predicted, affine_kl(base, A, b), rtol=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 21])
+def test_what_dropping_the_divergence_costs(size):
+    # For N(0, I) and δ = ε a: ½ E[(s·δ)²] = ½ ε² d (d + 2), while the KL is ε² d.
+    ε = 0.01
+    base = gaussian(np.zeros(size), np.eye(size))
+    metric = ff.ScoreOuterProduct(normalise=False)
+    ratio = mean_cost(metric, base, lambda a: ε * a, num=40_000) / affine_kl(
+        base, ε * np.eye(size), np.zeros(size)
+    )
+    assert np.allclose(ratio, (size + 2) / 2, rtol=0.1)
+
+
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_probes_are_unbiased(num_probes, getkey):
+    policy, action = bimodal().policy(), jnp.asarray([0.3, -0.4])
+    field = lambda a: jnp.sin(jnp.asarray([[1.0, 2.0], [-1.0, 0.5]]) @ a)
+    exact = ff.FisherRao().cost(policy, None, action, field, key=getkey())
+    metric = ff.FisherRao(num_probes=num_probes)
+    estimate = jax.jit(jax.vmap(lambda key: metric.cost(policy, None, action, field, key=key)))
+    assert within(estimate(jr.split(getkey(), 20_000)), exact)
