@@ -6,8 +6,11 @@ the gain in E[Q] that the mixture's own density and samples say it has.
 """
 
 import argparse
+import importlib.metadata
+import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -19,23 +22,16 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from matplotlib.figure import Figure
 
 import fisher_flow as ff
 
 
-NATURAL_STEPS = {
-    "Euclidean": ff.Euclidean(),
-    "AveragedFisher": ff.AveragedFisher(),
-    "ScoreOuterProduct": ff.ScoreOuterProduct(),
-    "ObservedInformation": ff.ObservedInformation(),
-}
-# The metric and the damping. The published method is undamped; Euclidean is its own damping.
-RESIDUALS = {
-    "Euclidean": (ff.Euclidean(), 0.0),
-    "ScoreOuterProduct": (ff.ScoreOuterProduct(normalise=True), 0.0),
-    "FisherRao": (ff.FisherRao(), 0.1),
-}
-OURS = {"step": "ObservedInformation", "residual": "FisherRao"}
+STEPS = [ff.Euclidean(), ff.AveragedFisher(), ff.ScoreOuterProduct(), ff.ObservedInformation()]
+# With the damping: the published method has none, and the Euclidean metric is its own.
+RESIDUALS = [(ff.Euclidean(), 0.0), (ff.ScoreOuterProduct(), 0.0), (ff.FisherRao(), 0.1)]
+OURS = ("step, ObservedInformation", "residual, FisherRao")
+COLUMNS = dict(measured_kl=4, true_kl=4, folded=2, gain=3, efficiency=2, ratio=2)  # and digits
 MIN_RATIO = 1.4  # claim 1: the gain of ours over that of Euclidean at the same measured KL
 MAX_MISS = 0.1  # claim 2: the relative distance of the measured KL from the radius
 
@@ -78,11 +74,11 @@ class Critic(eqx.Module):
     frequencies: Float[Array, "waves d"]
     phases: Float[Array, " waves"]
 
-    def __init__(self, dimension: int, num_waves: int = 8, *, key: PRNGKeyArray):
+    def __init__(self, dimension: int, frequency: float, *, key: PRNGKeyArray):
         slope_key, frequency_key, phase_key = jr.split(key, 3)
         self.slope = jr.normal(slope_key, (dimension,)) / math.sqrt(dimension)
-        self.frequencies = jr.normal(frequency_key, (num_waves, dimension))
-        self.phases = jr.uniform(phase_key, (num_waves,), maxval=2 * math.pi)
+        self.frequencies = frequency * jr.normal(frequency_key, (8, dimension))
+        self.phases = jr.uniform(phase_key, (8,), maxval=2 * math.pi)
 
     def __call__(self, observation: Any, action: Float[Array, " d"]) -> Scalar:
         waves = jnp.sin(self.frequencies @ action + self.phases)
@@ -99,13 +95,13 @@ def true_terms(refined: ff.RefinedPolicy, mixture: Mixture, critic: Critic, acti
     identity = jnp.eye(actions.shape[1])
 
     def terms(a):
-        δ = refined.displacement(o, a)
-        J = jax.jacfwd(lambda a: refined.displacement(o, a))(a)
+        δ, push = jax.linearize(lambda a: refined.displacement(o, a), a)
+        J = jax.vmap(push, out_axes=1)(identity)
         sign, log_det = jnp.linalg.slogdet(identity + J)
         kl = mixture.log_prob(a) - log_det - mixture.log_prob(a + δ)
         return kl, critic(o, a + δ) - critic(o, a), sign <= 0
 
-    return jax.lax.map(terms, actions, batch_size=4096)
+    return jax.lax.map(terms, actions, batch_size=256)
 
 
 def best_gain(q: Float[np.ndarray, " num"], kl: float) -> float:
@@ -127,14 +123,13 @@ def best_gain(q: Float[np.ndarray, " num"], kl: float) -> float:
     return tilted(root)[1]
 
 
-def refinements(radius: float, num_updates: int) -> dict[tuple[str, str], Any]:
+def methods(radius: float, num_updates: int) -> dict[str, ff.AbstractRefinement]:
     r = jnp.asarray(radius)  # an array, so that one compilation serves all the radii
-    steps = {("step", name): ff.NaturalStep(metric, r) for name, metric in NATURAL_STEPS.items()}
+    steps = {f"step, {type(metric).__name__}": ff.NaturalStep(metric, r) for metric in STEPS}
+    options: dict[str, Any] = dict(num_updates=num_updates, width_size=64, progress=False)
     residuals = {
-        ("residual", name): ff.Residual(
-            metric, r, damping=damping, num_updates=num_updates, width_size=64, progress=False
-        )
-        for name, (metric, damping) in RESIDUALS.items()
+        f"residual, {type(metric).__name__}": ff.Residual(metric, r, damping=damping, **options)
+        for metric, damping in RESIDUALS
     }
     return steps | residuals
 
@@ -142,7 +137,7 @@ def refinements(radius: float, num_updates: int) -> dict[tuple[str, str], Any]:
 def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     mixture_key, critic_key, sample_key, tilt_key, fit_key, certify_key = jr.split(jr.key(seed), 6)
     mixture = Mixture(args.dimension, key=mixture_key)
-    critic = Critic(args.dimension, key=critic_key)
+    critic = Critic(args.dimension, args.frequency, key=critic_key)
     policy = ff.FlowPolicy(
         mixture.velocity(), (args.dimension,), solver=diffrax.Heun(), num_steps=args.num_steps
     )
@@ -153,40 +148,158 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows = []
     for radius in args.radius:
-        for (kind, name), method in refinements(radius, args.num_updates).items():
+        gains_of_euclidean = {}
+        for name, method in methods(radius, args.num_updates).items():
             start = time.perf_counter()
             refined = ff.refine(policy, critic, method, observations=observations, key=fit_key)
             jax.block_until_ready(eqx.filter(refined, eqx.is_array))
             seconds = time.perf_counter() - start
             report = ff.certify(refined, critic, observations, num_actions=8192, key=certify_key)
-            kls, gains, folded = (
-                np.asarray(x, np.float64) for x in true_terms(refined, mixture, critic, actions)
+            terms = true_terms(refined, mixture, critic, actions)
+            (kl, gain, folded), (kl_stderr, gain_stderr, _) = (
+                [float(f(np.asarray(x, np.float64))) for x in terms]
+                for f in (np.mean, scipy.stats.sem)
             )
-            row = dict(
-                seed=seed,
-                kind=kind,
-                method=name,
-                radius=radius,
-                measured_kl=float(report.kl),
-                measured_kl_stderr=float(report.kl_stderr),
-                true_kl=kls.mean(),
-                true_kl_stderr=kls.std() / math.sqrt(kls.size),
-                folded=100 * folded.mean(),
-                gain=gains.mean(),
-                gain_stderr=gains.std() / math.sqrt(gains.size),
-                best_gain=best_gain(q, kls.mean()),
-                seconds=seconds,
-            )
-            row["efficiency"] = row["gain"] / row["best_gain"]
+            row = dict(seed=seed, radius=radius, method=name, seconds=seconds)
+            row |= dict(measured_kl=float(report.kl), measured_kl_stderr=float(report.kl_stderr))
+            row |= dict(true_kl=kl, true_kl_stderr=kl_stderr, folded=100 * folded)
+            row |= dict(gain=gain, gain_stderr=gain_stderr, efficiency=gain / best_gain(q, kl))
+            row["ratio"] = gain / gains_of_euclidean.setdefault(name.split(",")[0], gain)
             rows.append(row)
             print(
-                f"seed {seed}  radius {radius:<5g} {kind:<9}{name:<20} true KL {row['true_kl']:.4f}"
-                f"  gain {row['gain']:.4f}  efficiency {row['efficiency']:.3f}  {seconds:.1f} s",
+                f"seed {seed}  radius {radius:<5g} {name:<28} true KL {kl:.4f}  gain {gain:.4f}  "
+                f"efficiency {row['efficiency']:.2f}  {seconds:.1f} s",
                 flush=True,
             )
-    euclidean = {
-        (row["kind"], row["radius"]): row["gain"] for row in rows if row["method"] == "Euclidean"
-    }
-    for row in rows:
-        row["ratio"] = row["gain"] / euclidean[row["kind"], row["radius"]]
     return rows
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds, each with the half-width of its 95% t-interval; the median of seconds."""
+    summary = []
+    for radius, name in dict.fromkeys((row["radius"], row["method"]) for row in rows):
+        group = [row for row in rows if (row["radius"], row["method"]) == (radius, name)]
+        seconds = float(np.median([row["seconds"] for row in group]))
+        mean = dict(radius=radius, method=name, seconds=seconds)
+        for column in COLUMNS:
+            values = [row[column] for row in group]
+            n = len(values)
+            width = scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values) if n > 1 else math.nan
+            mean[column], mean[column + "_interval"] = float(np.mean(values)), float(width)
+        summary.append(mean)
+    return summary
+
+
+def print_table(summary: list[dict[str, Any]]) -> None:
+    print(
+        f"\n{'method':<29}{'radius':>6}{'measured KL':>17}{'true KL':>17}{'folded %':>13}"
+        f"{'gain in E[Q]':>15}{'efficiency':>13}{'/ Euclidean':>13}{'seconds':>9}"
+    )
+    print(f"{'behaviour':<35}{'0':>17}{'0':>17}{'0':>13}{'0':>15}")
+    for row in summary:
+        print(f"{row['method']:<29}{row['radius']:>6g}", end="")
+        for (column, digits), width in zip(COLUMNS.items(), (17, 17, 13, 15, 13, 13), strict=True):
+            cell = f"{row[column]:.{digits}f} ± {row[column + '_interval']:.{digits}f}"
+            print(f"{cell:>{width}}", end="")
+        print(f"{row['seconds']:>9.1f}")
+
+
+def check_claims(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Both claims at every radius, from the means over seeds."""
+    claims = []
+    for row in summary:
+        if row["method"] in OURS:
+            claim = f"{row['method']} gains at least {MIN_RATIO} times Euclidean"
+            holds = row["ratio"] >= MIN_RATIO
+            claims.append(dict(claim=claim, radius=row["radius"], value=row["ratio"], holds=holds))
+    for radius in dict.fromkeys(row["radius"] for row in summary):
+        at_radius = [row for row in summary if row["radius"] == radius]
+        miss, name = max((abs(r["measured_kl"] / radius - 1), r["method"]) for r in at_radius)
+        claim = f"measured KL within {100 * MAX_MISS:g}% of the radius (farthest: {name})"
+        claims.append(dict(claim=claim, radius=radius, value=miss, holds=miss <= MAX_MISS))
+    return claims
+
+
+def plot(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = dict(Euclidean="0.45", AveragedFisher="tab:orange", ScoreOuterProduct="tab:red")
+    for name in dict.fromkeys(row["method"] for row in rows):
+        kind, metric = name.split(", ")
+        marker, line = dict(step=("o", "--"), residual=("s", "-"))[kind]
+        style: dict[str, Any] = dict(color=colours.get(metric, "tab:blue"), marker=marker)
+        means, seeds = ([r for r in table if r["method"] == name] for table in (summary, rows))
+        kl, efficiency, interval = (
+            [row[column] for row in means]
+            for column in ("true_kl", "efficiency", "efficiency_interval")
+        )
+        left.errorbar(kl, efficiency, interval, ls=line, capsize=3, label=name, **style)
+        measured, true = ([row[column] for row in seeds] for column in ("measured_kl", "true_kl"))
+        right.plot(measured, true, ls="", alpha=0.6, **style)
+    left.set(xscale="log", xlabel="true KL (nats)", ylabel="gain in E[Q] / best possible")
+    left.set(ylim=(0, 1), title="Efficiency (mean over mixtures, 95% interval)")
+    radii = sorted({row["radius"] for row in rows})
+    ends = np.array([radii[0] / 1.6, radii[-1] * 1.6])
+    right.plot(ends, ends, color="k", linewidth=1)
+    right.fill_between(ends, 0.9 * ends, 1.1 * ends, color="k", alpha=0.1, linewidth=0)
+    right.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+    right.set(xlabel="KL measured from the velocity (nats)", ylabel="true KL (nats)")
+    right.set_title("Calibration (one mark a mixture, band ± 10%)")
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.set_ticks(radii, [f"{radius:g}" for radius in radii])
+        axis.set_ticks([], minor=True)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="number of mixtures")
+    parser.add_argument("--dimension", type=int, default=5, help="of an action")
+    parser.add_argument("--radius", type=float, nargs="+", default=[0.05, 0.5], help="KLs in nats")
+    parser.add_argument("--num-updates", type=int, default=1500, help="of a residual")
+    parser.add_argument("--frequency", type=float, default=1.0, help="of the waves of the critic")
+    parser.add_argument("--num-samples", type=int, default=65536, help="for the true KL and gain")
+    parser.add_argument("--num-steps", type=int, default=32, help="Heun steps of the policy")
+    parser.add_argument("--out", type=Path, default="geometry.json", help="the JSON to write")
+    parser.add_argument("--figure", type=Path, help="the PNG to write; by default beside --out")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: little of everything")
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.radius = 1, args.radius[:1]
+        args.num_updates, args.num_samples = 50, 4096
+    figure_path = args.figure or args.out.with_suffix(".png")
+
+    rows = [row for seed in range(args.seeds) for row in run_seed(seed, args)]
+    summary = summarise(rows)
+    claims = check_claims(summary)
+    print_table(summary)
+    print(f"\n{args.seeds} mixtures: means ± 95% intervals; the median of seconds.\n")
+    for claim in claims:
+        verdict = "holds" if claim["holds"] else "DOES NOT HOLD"
+        print(f"{verdict:<15}radius {claim['radius']:<6g}{claim['claim']}: {claim['value']:.3g}")
+    try:
+        version = importlib.metadata.version("fisher_flow")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    results = dict(
+        versions=dict(jax=jax.__version__, fisher_flow=version),
+        settings={k: v for k, v in vars(args).items() if k not in ("out", "figure", "seeds")},
+        seeds=list(range(args.seeds)),
+        claims=claims,
+        summary=summary,
+        rows=rows,
+    )
+    for path in (args.out, figure_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # JSON knows no NaN, which an interval over one seed is.
+    text = json.dumps(results, indent=1).replace("NaN", "null")
+    args.out.write_text(text + "\n", encoding="utf-8")
+    plot(rows, summary).savefig(figure_path, dpi=160)
+    print(f"\nWrote {args.out} and {figure_path}.")
+
+
+if __name__ == "__main__":
+    main()

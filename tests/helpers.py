@@ -83,7 +83,9 @@ class Mixture(eqx.Module):
         """The marginal along a path at time `t`."""
         identity = jnp.eye(self.means.shape[1], dtype=self.means.dtype)
         α, σ = path.alpha(t), path.sigma(t)
-        return Mixture(α * self.means, α**2 * self.covariances + σ**2 * identity[None], self.weights)
+        return Mixture(
+            α * self.means, α**2 * self.covariances + σ**2 * identity[None], self.weights
+        )
 
     def velocity(self, path=ff.LinearPath()):
         return ff.GaussianMixtureVelocity(self.means, self.covariances, self.weights, path=path)
@@ -162,8 +164,8 @@ class ShiftedVelocity(eqx.Module):
 class Critic(eqx.Module):
     """offset + scale · (linear · u - ½ curvature |u|²), u = a - o; all zero but `linear` at first.
 
-    Its gradient is NaN where the first entry of the action is beyond `cutoff`. The numbers are
-    arrays, so that critics which differ in them share one compilation.
+    Its gradient, but not its value, is NaN where the first entry of the action is beyond `cutoff`.
+    The numbers are arrays, so that critics which differ in them share one compilation.
     """
 
     linear: jax.Array
@@ -181,8 +183,9 @@ class Critic(eqx.Module):
         u = action - observation
         value = jnp.sum(self.linear * u) - 0.5 * self.curvature * jnp.sum(u**2)
         first = action.reshape(-1)[0]
-        broken = jnp.where(first > self.cutoff, jnp.nan, 0.0).astype(action.dtype) * first
-        return self.offset + self.scale * value + broken
+        # The square root has no derivative at zero.
+        root = jnp.sqrt(jnp.where(first > self.cutoff, 0 * first, jnp.ones_like(first)))
+        return self.offset + self.scale * value + (root - jax.lax.stop_gradient(root))
 
 
 def observed_order(errors):
@@ -198,3 +201,16 @@ def within(samples, expected, *, num_stderr=5.0):
     stderr = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
     assert np.all(stderr > 0), "there is nothing random here: compare exactly"
     return bool(np.all(np.abs(samples.mean(axis=0) - np.asarray(expected)) <= num_stderr * stderr))
+
+
+def shifted_policy(mixture, **options):
+    """A policy that draws from `mixture`, moved by the observation."""
+    velocity = ShiftedVelocity(mixture.velocity())
+    return ff.FlowPolicy(velocity, mixture.means.shape[1:], **options)
+
+
+def natural_step(dtype, *, radius=0.1, damping=0.5, smoothing=0.1, **options):
+    """A `NaturalStep` whose numbers are arrays, so that all of them share one compilation."""
+    radius, damping, smoothing = (jnp.asarray(x, dtype) for x in (radius, damping, smoothing))
+    metric = ff.ObservedInformation(ff.PerturbedScore(), smoothing)
+    return ff.NaturalStep(metric, radius, damping=damping, **options)

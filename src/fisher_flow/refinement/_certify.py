@@ -118,7 +118,10 @@ class Certificate(eqx.Module):
         left.set(ylim=(0, 1.2 * top if top > 0 else 1))
         left.set(xlabel="fraction of the displacement", ylabel="KL (nats)")
         left.legend(frameon=False)
-        right.hist(self.gains, bins=60, color="C2")
+        # Gains that are all alike but for rounding leave no room for bins of their own.
+        low, high = float(jnp.min(self.gains)), float(jnp.max(self.gains))
+        margin = 1e-3 * max(abs(low), abs(high), 1e-3)
+        right.hist(self.gains, bins=60, range=(low - margin, high + margin), color="C2")
         right.axvline(0.0, color="0.5", linewidth=1)
         right.axvline(float(self.improvement), color="k", linewidth=1, label="mean")
         right.set(xlabel="gain in Q of one action", ylabel="actions")
@@ -223,12 +226,12 @@ def _certify(refined, critic, observations, num_per_observation, key) -> Certifi
         kl_stderr=kl_stderrs[whole],
         kl_predicted=jnp.mean(results["predicted"]),
         radius=jnp.asarray(method.radius, kls.dtype),
-        folded=jnp.mean(terms.folded[..., whole]),
+        folded=jnp.mean(terms.folded[..., whole], dtype=kls.dtype),
         improvement=improvement,
         improvement_stderr=improvement_stderr,
         stein=stein,
         stein_stderr=stein_stderr,
-        non_finite=jnp.mean(results["non_finite"]),
+        non_finite=jnp.mean(results["non_finite"], dtype=kls.dtype),
         num_actions=length * num_per_observation,
         num_observations=length,
         fractions=fractions.astype(kls.dtype),

@@ -48,8 +48,10 @@ def scale_to_radius(
     def body(state):
         step, scale, low, kl_low, high, kl_high = state
         kl, folded = measure(scale)
-        allowed = (kl <= radius) & (folded <= max_folded)  # false if the KL is not a number
-        # What folds is beyond the radius by an unknown amount.
+        # No KL is negative: one that is measured so far below zero lies where the estimate fails,
+        # and so does one that is not a number.
+        allowed = (kl <= radius) & (kl >= -0.1 * radius) & (folded <= max_folded)
+        # What folds or fails is beyond the radius by an unknown amount.
         kl_beyond = jnp.where((kl > radius) & (folded <= max_folded), kl, jnp.inf)
         low, kl_low = jnp.where(allowed, scale, low), jnp.where(allowed, kl, kl_low)
         high, kl_high = jnp.where(allowed, high, scale), jnp.where(allowed, kl_high, kl_beyond)

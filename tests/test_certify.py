@@ -1,0 +1,89 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import correlated, Critic, dtypes, natural_step, shifted_policy
+
+import fisher_flow as ff
+
+
+g = np.array([0.8, -0.5])
+
+
+def certificate(dtype, *, radius=0.2, num_observations=64, damping=1e-6):
+    policy, critic = shifted_policy(correlated(dtype)), Critic(g, dtype)
+    observations = jr.normal(jr.key(7), (num_observations, 2), dtype)
+    method = natural_step(dtype, radius=radius, damping=damping, smoothing=0.0)
+    calibration = jr.normal(jr.key(8), (64, 2), dtype)
+    refined = ff.refine(policy, critic, method, observations=calibration)
+    return ff.certify(refined, critic, observations, key=jr.key(9))
+
+
+@pytest.fixture(scope="module")
+def report():
+    return certificate(jnp.float64)
+
+
+def test_gaussian_policy_and_linear_critic(report):
+    # δ = sqrt(2 ε / gᵀ Σ g) Σ g, whose gain is sqrt(2 ε gᵀ Σ g) at every action.
+    gain = np.sqrt(2 * 0.2 * g @ correlated().covariances[0] @ g)
+    # The KL is met from below within 1%, and so the gain within 0.5%.
+    assert np.allclose(report.kl, 0.2, rtol=0.011)
+    assert np.allclose(report.kl_predicted, 0.2, rtol=0.011)
+    assert np.allclose(report.gains, gain, rtol=0.006)
+    assert np.allclose(report.improvement, gain, rtol=0.006)
+    assert report.folded == 0 and report.non_finite == 0
+    assert np.abs(report.stein) < 5 * report.stein_stderr
+
+
+def test_curve_along_the_displacement(report):
+    # The KL of a fraction of a translation is quadratic in it.
+    assert np.allclose(report.kl_by_fraction, report.kl * report.fractions**2, rtol=1e-6)
+    assert report.fractions[0] == 0 and np.all(np.diff(report.fractions) > 0)
+
+
+@dtypes
+def test_dtype(dtype):
+    leaves = jax.tree.leaves(eqx.filter(certificate(dtype), eqx.is_inexact_array))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
+
+
+def test_zero_radius_costs_and_gains_exactly_nothing():
+    report = certificate(jnp.float64, radius=0.0)
+    assert report.kl == report.kl_predicted == report.improvement == report.stein == 0
+    assert report.folded == 0 and np.all(report.gains == 0)
+
+
+def test_standard_errors_over_observations_and_over_actions(report):
+    assert report.num_observations == 64 and report.num_actions == 4096
+    single = certificate(jnp.float64, num_observations=1)
+    assert single.num_observations == 1 and single.num_actions == 4096
+    # The Stein residual s·δ of N(·, Σ) has variance δᵀ Σ⁻¹ δ = 2 KL; Euler's samples a little less.
+    for stderr in report.stein_stderr, single.stein_stderr:
+        assert np.allclose(stderr, np.sqrt(2 * 0.2 / 4096), rtol=0.4)
+    assert np.allclose(report.kl, single.kl, rtol=1e-4)
+
+
+def test_the_same_key_gives_the_same_certificate(report):
+    assert eqx.tree_equal(certificate(jnp.float64), report)
+
+
+def test_prints_as_a_table(report):
+    lines = str(report).splitlines()
+    for name, value in [
+        ("measured KL", report.kl),
+        ("asked for", report.radius),
+        ("gain in Q", report.improvement),
+    ]:
+        (line,) = (line for line in lines if name in line)
+        assert f"{value:.4g}" in line
+
+
+def test_plots(report):
+    left, right = report.plot().axes
+    measured, predicted = left.get_lines()[:2]
+    assert np.allclose(measured.get_ydata(), report.kl_by_fraction)
+    assert np.allclose(predicted.get_ydata(), report.kl_predicted * report.fractions**2)
+    assert sum(bar.get_height() for bar in right.patches) == report.num_actions

@@ -1,0 +1,109 @@
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import bimodal_1d, Critic, dtypes, natural_step, shifted_policy, within
+
+import fisher_flow as ff
+
+
+o = jnp.full(1, 0.2)
+grid, step = jnp.linspace(-6, 7, 401, retstep=True)
+radius = 0.1
+
+
+def chain(dtype, length):
+    """A mixture on the line, refined `length` times by one critic."""
+    options = dict(solver=diffrax.Heun(), num_steps=50)
+    policy = shifted_policy(bimodal_1d(dtype), **options)
+    critic = Critic([1.0], dtype, curvature=0.4)
+    observations = jnp.full((64, 1), 0.2, dtype)
+    method = natural_step(dtype, radius=radius)
+    policies = [policy]
+    for i in range(length):
+        refined = ff.refine(policies[-1], critic, method, observations=observations, key=jr.key(i))
+        policies.append(refined)
+    return policies
+
+
+@pytest.fixture(scope="module")
+def policies():
+    return chain(jnp.float64, 2)
+
+
+@pytest.fixture(scope="module")
+def log_probs(policies):
+    on_grid = eqx.filter_jit(lambda policy: jax.vmap(lambda a: policy.log_prob(o, a[None]))(grid))
+    return [on_grid(policy) for policy in policies]
+
+
+def test_densities_integrate_to_one(log_probs):
+    for log_p in log_probs:
+        assert np.allclose(jnp.exp(log_p).sum() * step, 1, rtol=1e-4)
+
+
+def test_each_step_spends_the_radius(log_probs):
+    # Measured independently: by quadrature of the two densities.
+    for before, after in zip(log_probs[:-1], log_probs[1:], strict=True):
+        kl = jnp.sum(jnp.exp(after) * (after - before)) * step
+        # The length was calibrated on 4096 actions.
+        assert np.allclose(kl, radius, rtol=0.1)
+
+
+def test_densities_are_those_of_the_samples(policies, log_probs, getkey):
+    draw = eqx.filter_jit(lambda policy, keys: jax.vmap(lambda k: policy.draw(o, key=k))(keys))
+    for policy, log_p in zip(policies, log_probs, strict=True):
+        samples = draw(policy, jr.split(getkey(), 5000))
+        for moment in 1, 2, 3:
+            expected = jnp.sum(jnp.exp(log_p) * grid**moment) * step
+            assert within(samples**moment, expected)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_inverse_undoes_transport(length, policies, getkey):
+    refined, actions = policies[length], 2 * jr.normal(getkey(), (50, 1))
+    there = jax.vmap(lambda a: refined.transport(o, a))(actions)
+    back = jax.vmap(lambda a: refined.inverse(o, a))(there)
+    assert np.all(there != actions)
+    assert np.allclose(back, actions, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_score_is_the_gradient_of_the_log_density(length, policies):
+    policy, actions = policies[length], jnp.linspace(-2, 3, 11)[:, None]
+    score = ff.PerturbedScore(time=0.99)  # a bias of r⁴ = 1e-8, times curvatures
+    scores = jax.jit(jax.vmap(lambda a: score(policy, o, a)))(actions)
+    gradients = jax.jit(jax.vmap(jax.grad(lambda a: policy.log_prob(o, a))))(actions)
+    # `log_prob` is integrated with a tolerance of 1e-7 a step.
+    assert np.allclose(scores, gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_certificate_of_a_chain_is_that_of_its_last_step(policies):
+    refined = policies[-1]
+    report = ff.certify(refined, refined.critic, o[None], num_actions=2048, key=jr.key(9))
+    assert np.allclose(report.kl, radius, rtol=0.1) and report.folded <= 0.02
+    assert np.abs(report.stein) < 5 * report.stein_stderr
+
+
+@dtypes
+def test_dtypes(dtype, policies, getkey):
+    refined = policies[1] if dtype == jnp.float64 else chain(dtype, 1)[1]
+    action = jnp.full(1, 0.3, dtype)
+    observation = jnp.full(1, 0.2, dtype)
+    results = (
+        refined.sample(observation, key=getkey()),
+        refined.displacement(observation, action),
+        refined.transport(observation, action),
+        refined.inverse(observation, action),
+        refined.log_prob(observation, action),
+        ff.PerturbedScore()(refined, observation, action),
+    )
+    assert {x.dtype for x in results} == {jnp.dtype(dtype)}
+    assert all(np.all(np.isfinite(x)) for x in results)
+
+
+def test_flow_underneath(policies):
+    assert all(policy.flow_policy is policies[0] for policy in policies)
