@@ -123,7 +123,7 @@ def best_gain(q: Float[np.ndarray, " num"], kl: float) -> float:
     return tilted(root)[1]
 
 
-def methods(radius: float, num_updates: int) -> dict[str, ff.AbstractRefinement]:
+def methods(radius: float, num_updates: int) -> dict[str, ff.NaturalStep | ff.Residual]:
     r = jnp.asarray(radius)  # an array, so that one compilation serves all the radii
     steps = {f"step, {type(metric).__name__}": ff.NaturalStep(metric, r) for metric in STEPS}
     options: dict[str, Any] = dict(num_updates=num_updates, width_size=64, progress=False)

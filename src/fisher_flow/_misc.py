@@ -18,7 +18,13 @@ def check_instance(name: str, value: Any, cls: type, example: str) -> None:
         return
     if inspect.isclass(value):
         arrived = f"the class `{value.__name__}` itself, not an instance of it"
-        if issubclass(value, cls):
+        required = [
+            parameter
+            for parameter in inspect.signature(value).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        if issubclass(value, cls) and len(required) == 0:
             example = f"{value.__name__}()"
     else:
         arrived = f"`{value!r}` of type `{type(value).__name__}`"
@@ -37,12 +43,17 @@ def check_positive_integer(name: str, value: Any, example: int) -> None:
 
 
 def check_at_least(name: str, value: Any, minimum: float, example: float) -> None:
-    """Refuses numbers below `minimum` and NaN. Traced values are let through."""
+    """Refuses what is not one finite number from `minimum` up. Lets traced values through."""
     if isinstance(value, jax.core.Tracer):
         return
-    if not np.all(np.asarray(value) >= minimum):  # NumPy, so that it runs under `jit` too
+    try:
+        number = float(np.asarray(value))  # NumPy, so that it runs under `jit` too
+    except (TypeError, ValueError):
+        number = np.nan
+    if not minimum <= number < np.inf:
         raise ValueError(
-            f"`{name}` must be at least {minimum}, but got {value}. Write `{name}={example}`."
+            f"`{name}` must be a finite number of at least {minimum}, but got {value}. Write "
+            f"`{name}={example}`."
         )
 
 
@@ -85,6 +96,19 @@ def check_equal_lengths(**batches: PyTree[Any]) -> int:
 def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
     """Lays PyTrees of arrays side by side in one vector, for the input of a network."""
     return jax.flatten_util.ravel_pytree(trees)[0]
+
+
+def as_inexact(x: Any) -> Array:
+    """An array of floating point numbers."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
+
+
+def constant(tree: PyTree[Any]) -> PyTree[Any]:
+    """Lets no gradient through the arrays of a PyTree."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree
+    )
 
 
 def finite_or_zero(x: Array) -> tuple[Array, Array]:

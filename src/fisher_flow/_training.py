@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import optax
@@ -42,7 +43,7 @@ def train(
             state, logs = _run_chunk(
                 update, args, state, jnp.asarray(start), jnp.asarray(stop), key
             )
-            if progress:
+            if progress and not any(isinstance(x, jax.core.Tracer) for x in logs.values()):
                 bar.set_postfix({name: f"{float(value):.3g}" for name, value in logs.items()})
             bar.update(stop - start)
     return state

@@ -112,9 +112,15 @@ def fit_flow(
             "`observations` and `actions` must be finite, but some entries are not. Drop those "
             "rows: `keep = jnp.isfinite(actions).all(-1)`, then `actions=actions[keep]`."
         )
-    optimiser_state = _optimiser(learning_rate, num_updates).init(
-        eqx.filter(policy, eqx.is_inexact_array)
-    )
+    parameters = eqx.filter(policy.velocity_field, eqx.is_inexact_array)
+    if len(jax.tree.leaves(parameters)) == 0:
+        raise ValueError(
+            "`policy` must have a velocity field with arrays to train, but its field "
+            f"`{policy.velocity_field!r}` has none. Make the field a module that holds its "
+            "parameters: `FlowPolicy(VelocityMLP(observation_size, action_shape, key=key), "
+            "action_shape)`."
+        )
+    optimiser_state = _optimiser(learning_rate, num_updates).init(parameters)
     args = (observations, actions, batch_size, learning_rate, num_updates)
     policy, _ = train(
         _update,
@@ -149,5 +155,8 @@ def _update(args, state, key, step):
 
     loss, gradient = loss_and_gradient(policy)
     optimiser = _optimiser(learning_rate, num_updates)
-    policy, optimiser_state = apply_gradient(optimiser, gradient, optimiser_state, policy)
+    field, optimiser_state = apply_gradient(
+        optimiser, gradient.velocity_field, optimiser_state, policy.velocity_field
+    )
+    policy = eqx.tree_at(lambda policy: policy.velocity_field, policy, field)
     return (policy, optimiser_state), {"loss": loss}

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 from .._custom_types import Action, Observation
 from .._divergence import rademacher_probes, value_and_divergence
-from .._misc import check_instance, check_positive_integer
+from .._misc import as_inexact, check_instance, check_positive_integer
 from ._path import AbstractAffineGaussianPath, LinearPath
 
 
@@ -232,7 +232,7 @@ class FlowPolicy(AbstractFlowPolicy):
         check_positive_integer("num_steps", num_steps, 10)
         check_positive_integer("max_steps", max_steps, 4096)
         self.velocity_field = velocity
-        self.action_shape = _checked_shape(action_shape)
+        self.action_shape = checked_shape(action_shape)
         self.path = path
         self.solver = solver
         self.num_steps = num_steps
@@ -283,7 +283,7 @@ class FlowPolicy(AbstractFlowPolicy):
                 f"`FlowPolicy(velocity, action_shape={jnp.shape(v) or jnp.shape(x)})` if that is "
                 "the shape of an action, and `jax.vmap(policy.sample)` for a batch."
             )
-        return v
+        return jnp.asarray(v, x.dtype)  # as when the observation is of another precision
 
     def noise(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
         """Draws $x(0)$, in the dtype of the policy."""
@@ -367,7 +367,7 @@ class FlowPolicy(AbstractFlowPolicy):
             }
             ```
         """
-        action = jnp.asarray(action)
+        action = as_inexact(action)
         if num_probes is None:
             probes = None
         else:
@@ -440,7 +440,7 @@ class FlowPolicy(AbstractFlowPolicy):
         return jax.tree.map(lambda leaf: leaf[0], solution.ys)
 
 
-def _checked_shape(action_shape: Any) -> tuple[int, ...]:
+def checked_shape(action_shape: Any) -> tuple[int, ...]:
     try:
         shape = tuple(int(size) for size in action_shape)
         valid = all(size > 0 for size in shape)

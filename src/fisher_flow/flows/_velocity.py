@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from .._custom_types import Action, Observation
 from .._misc import check_positive_integer, ravel_inputs
 from ._path import AbstractAffineGaussianPath, LinearPath
+from ._policy import checked_shape
 
 
 class VelocityMLP(eqx.Module):
@@ -43,7 +44,7 @@ class VelocityMLP(eqx.Module):
         """
         check_positive_integer("width_size", width_size, 256)
         check_positive_integer("depth", depth, 3)
-        self.action_shape = tuple(action_shape)
+        self.action_shape = checked_shape(action_shape)
         size = int(np.prod(self.action_shape))
         self.network = eqx.nn.MLP(
             observation_size + size + 1, size, width_size, depth, activation, dtype=dtype, key=key
@@ -93,7 +94,8 @@ class GaussianMixtureVelocity(eqx.Module):
 
         - `ValueError` if the shapes do not match.
         """
-        means, covariances = jnp.asarray(means), jnp.asarray(covariances)
+        dtype = jnp.result_type(means, covariances, 1.0)
+        means, covariances = jnp.asarray(means, dtype), jnp.asarray(covariances, dtype)
         if means.ndim != 2 or covariances.shape != (*means.shape, means.shape[-1]):
             raise ValueError(
                 "`means` must have shape (components, action) and `covariances` shape "
@@ -102,8 +104,14 @@ class GaussianMixtureVelocity(eqx.Module):
                 "`GaussianMixtureVelocity(mean[None], covariance[None])`."
             )
         if weights is None:
-            weights = jnp.ones(means.shape[0], means.dtype)
-        self.log_weights = jax.nn.log_softmax(jnp.log(jnp.asarray(weights, means.dtype)))
+            weights = jnp.ones(means.shape[0], dtype)
+        weights = jnp.asarray(weights, dtype)
+        if weights.shape != means.shape[:1]:
+            raise ValueError(
+                f"`weights` must have shape {means.shape[:1]}, one entry a component, but got "
+                f"{weights.shape}. Write `weights=jnp.ones({means.shape[0]})`."
+            )
+        self.log_weights = jax.nn.log_softmax(jnp.log(weights))
         self.means = means
         # In the eigenbasis of Σ_k every C_k is diagonal, so a velocity costs no factorisation.
         self.variances, self.directions = jnp.linalg.eigh(covariances)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .._custom_types import Action, Observation
+from .._misc import as_inexact
 from ..flows import AbstractAffineGaussianPath, as_flow_policy
 
 
@@ -58,7 +59,7 @@ class AbstractScore(eqx.Module):
 
         The score, with the shape and dtype of `action`.
         """
-        action = jnp.asarray(action)
+        action = as_inexact(action)
         return as_flow_policy(policy).score(self.from_velocity, observation, action)
 
 

@@ -150,7 +150,8 @@ def certify(
 
     **Other arguments:**
 
-    - `num_actions`: about how many actions to draw, spread evenly over the observations.
+    - `num_actions`: about how many actions to draw, spread evenly over the observations; of more
+        observations than that, as many are chosen at random.
     - `key`: a `jax.random.key`.
 
     **Returns:**
@@ -164,8 +165,10 @@ def certify(
     check_instance("refined", refined, RefinedPolicy, "fisher_flow.refine(policy, critic)")
     check_positive_integer("num_actions", num_actions, 4096)
     length = batch_length("observations", observations)
-    observations = jax.tree.map(jnp.asarray, observations)
-    return _certify(refined, critic, observations, -(-num_actions // length), key)
+    row_key, key = jr.split(key)
+    rows = jr.permutation(row_key, length)[:num_actions]
+    observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+    return _certify(refined, critic, observations, -(-num_actions // len(rows)), key)
 
 
 @eqx.filter_jit
@@ -183,19 +186,21 @@ def _certify(refined, critic, observations, num_per_observation, key) -> Certifi
             # An action that stays costs nothing, whether or not it has a score.
             return jax.tree.map(lambda leaf: jnp.where(moved, leaf, jnp.zeros_like(leaf)), terms)
 
-        def affine(x):  # the field to first order about `a`, which is all that its cost depends on
-            return δ + (J @ (x - a).reshape(-1)).reshape(a.shape)
+        def affine(x):  # the field to first order about `b`, which is all that its cost depends on
+            return δ_b + (J_b @ (x - b).reshape(-1)).reshape(b.shape)
 
         δ, J, finite = value_and_jacobian(
             lambda a: refined.checked_displacement(o, a), a, has_aux=True
         )
         moved = jnp.any(δ != 0)
+        # In a chain, as a map of the flow, whose metric is at hand.
+        b, δ_b, J_b = policy.in_flow_coordinates(o, a, δ, J)
         terms = jax.vmap(scaled_terms)(fractions.astype(a.dtype))
-        predicted = method.metric.cost(policy.flow_policy, o, a, affine, key=metric_key)
+        predicted = method.metric.cost(policy.flow_policy, o, b, affine, key=metric_key)
         gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
         return dict(
             terms=terms,
-            predicted=jnp.where(moved, predicted, 0),
+            predicted=jnp.where(moved & jnp.isfinite(predicted), predicted, 0),
             gain=jnp.where(moved, gain, 0),
             non_finite=~finite,
         )

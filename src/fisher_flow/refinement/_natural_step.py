@@ -17,6 +17,7 @@ from .._misc import (
     check_at_least,
     check_instance,
     check_positive_integer,
+    constant,
     finite_or_zero,
     ravel_inputs,
 )
@@ -65,7 +66,7 @@ class NaturalStep(AbstractRefinement):
         radius: ScalarLike = 0.5,
         *,
         damping: ScalarLike = 0.2,
-        max_folded: ScalarLike = 0.02,
+        max_folded: ScalarLike = 0.01,
         num_auxiliary: int = 64,
         num_calibration: int = 4096,
         solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True),
@@ -103,7 +104,7 @@ class NaturalStep(AbstractRefinement):
                 "`Residual(metric=FisherRao())`."
             )
         check_at_least("damping", damping, 0, 0.2)
-        check_at_least("max_folded", max_folded, 0, 0.02)
+        check_at_least("max_folded", max_folded, 0, 0.01)
         check_positive_integer("num_auxiliary", num_auxiliary, 64)
         check_positive_integer("num_calibration", num_calibration, 4096)
         check_instance("solver", solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)")
@@ -179,14 +180,14 @@ class _StepPerState(AbstractDisplacement):
         # and another at every state, so that its errors average out.
         auxiliary_key, metric_key = jr.split(_fold_in(self.key, observation))
         keys = jr.split(auxiliary_key, self.method.num_auxiliary)
-        actions = jax.vmap(lambda key: policy.draw(observation, key=key))(keys)
+        method, π, Q, o = constant((self.method, policy, critic, observation))
+        actions = jax.vmap(lambda key: π.draw(o, key=key))(keys)
 
         def over_rows(function):
-            return jax.vmap(lambda *row: function(observation, *row))
+            return jax.vmap(lambda *row: function(o, *row))
 
         # Few actions show few of the folds, hence a start further up.
-        damping = 8 * self.method.damping
-        step = _settle(self.method, policy, critic, actions, over_rows, metric_key, damping)
+        step = _settle(method, π, Q, actions, over_rows, metric_key, 8 * method.damping)
         return step(policy, critic, observation, action)
 
 
@@ -201,6 +202,7 @@ def _fold_in(key: PRNGKeyArray, observation: Observation) -> PRNGKeyArray:
 @eqx.filter_jit
 def _calibrated_step(policy, critic, method, observations, key) -> _CalibratedStep:
     row_key, action_key, metric_key = jr.split(key, 3)
+    policy, critic, method, observations = constant((policy, critic, method, observations))
     length = batch_length("observations", observations)
     n = method.num_calibration
     # Every observation once, or as often as another, before a random remainder.
@@ -233,12 +235,8 @@ def _settle(
 ) -> _CalibratedStep:
     """Settles the damping and the length of a step over a batch of actions.
 
-    Both are constants of the result: no gradient flows through the search for them.
+    Both are constants of the result: the arguments come without gradients.
     """
-    method, policy, critic, actions = jax.tree.map(
-        lambda leaf: lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf,
-        (method, policy, critic, actions),
-    )
     size = actions[0].size
     radius = jnp.asarray(method.radius, actions.dtype)
     zero = jnp.zeros((), actions.dtype)

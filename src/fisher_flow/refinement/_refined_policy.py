@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from .._custom_types import Action, Critic, Observation
 from .._divergence import value_and_jacobian
-from .._misc import finite_or_zero
+from .._misc import as_inexact, finite_or_zero
 from ..flows import AbstractFlowPolicy, FlowPolicy
 from ._method import AbstractDisplacement, AbstractRefinement, critic_gradient
 
@@ -84,7 +84,7 @@ class RefinedPolicy(AbstractFlowPolicy):
 
         The displacement, with the shape and dtype of `action`.
         """
-        displacement, _ = self.checked_displacement(observation, jnp.asarray(action))
+        displacement, _ = self.checked_displacement(observation, as_inexact(action))
         return displacement
 
     def checked_displacement(
@@ -93,7 +93,7 @@ class RefinedPolicy(AbstractFlowPolicy):
         """The displacement, and whether all that it came from was finite."""
         g = critic_gradient(self.policy, self.critic, observation, action)
         δ = self.displacement_field(self.policy, self.critic, observation, action)
-        δ, finite = finite_or_zero(δ)
+        δ, finite = finite_or_zero(jnp.asarray(δ, action.dtype))
         finite = finite & jnp.all(jnp.isfinite(g))
         return jnp.where(finite, δ, jnp.zeros_like(δ)), finite
 
@@ -112,7 +112,7 @@ class RefinedPolicy(AbstractFlowPolicy):
 
         The action to take instead, with the shape and dtype of `action`.
         """
-        action = jnp.asarray(action)
+        action = as_inexact(action)
         return self.project(action + self.displacement(observation, action))
 
     @eqx.filter_jit
@@ -129,7 +129,7 @@ class RefinedPolicy(AbstractFlowPolicy):
         The action of the unrefined policy; NaN where Newton's method does not find one, as may
         happen where the map folds.
         """
-        return _inverse((self, observation), jnp.asarray(action))
+        return _inverse((self, observation), as_inexact(action))
 
     def in_flow_coordinates(
         self,

@@ -89,7 +89,7 @@ class Residual(AbstractRefinement):
         batch_size: int = 256,
         learning_rate: ScalarLike = 1e-3,
         damping: ScalarLike = 0.1,
-        max_folded: ScalarLike = 0.02,
+        max_folded: ScalarLike = 0.01,
         num_calibration: int = 4096,
         measure: TransportKL | None = None,
         progress: bool = True,
@@ -128,7 +128,7 @@ class Residual(AbstractRefinement):
         ):
             check_positive_integer(name, value, example)
         check_at_least("damping", damping, 0, 0.1)
-        check_at_least("max_folded", max_folded, 0, 0.02)
+        check_at_least("max_folded", max_folded, 0, 0.01)
         self.metric = metric
         self.radius = radius
         self.network = network
@@ -167,10 +167,10 @@ class Residual(AbstractRefinement):
         optimiser_state = _optimiser(self).init(eqx.filter(network, eqx.is_inexact_array))
         # From a strong penalty down, so that no early step leaves the data.
         log_dual = jnp.zeros((), gradient_norm.dtype)
-        network, _, _ = train(
+        network, *_ = train(
             _update,
             (self, policy, critic, observations, gradient_norm, eigenvalue),
-            (network, optimiser_state, log_dual),
+            (network, optimiser_state, log_dual, log_dual),
             self.num_updates,
             key=train_key,
             progress=self.progress,
@@ -246,7 +246,7 @@ def _scales(method, policy, critic, observations, key) -> tuple[Scalar, Scalar]:
 
 def _update(args, state, key, step):
     method, policy, critic, observations, gradient_norm, eigenvalue = args
-    network, optimiser_state, log_dual = state
+    network, optimiser_state, log_dual, last_kl = state
     draw_key, cost_key = jr.split(key)
     o, a = _draw(policy, observations, method.batch_size, draw_key)
     cost_keys = jr.split(cost_key, method.batch_size)
@@ -272,16 +272,21 @@ def _update(args, state, key, step):
         _optimiser(method), gradient, optimiser_state, network
     )
 
-    def measured_kl():
-        terms = jax.vmap(lambda o, a: method.measure(policy, o, a, lambda a: network(o, a)))
-        return jnp.mean(terms(o, a).kl)
+    def measure():
+        terms = jax.vmap(lambda o, a: method.measure(policy, o, a, lambda a: network(o, a)))(o, a)
+        kl = jnp.mean(terms.kl)
+        violation = jnp.clip(kl / method.radius - 1, -1, 1)
+        # Where the map folds its KL is not known: it is too large.
+        folds = jnp.mean(terms.folded) > method.max_folded
+        return kl, jnp.where(folds, 1, violation).astype(kl.dtype)
 
     # Measuring costs about as much as an update, so it is done at every fifth.
-    kl = lax.cond(step % 5 == 0, measured_kl, lambda: jnp.asarray(jnp.nan, log_dual.dtype))
-    violation = jnp.where(jnp.isnan(kl), 0, jnp.clip(kl / method.radius - 1, -1, 1))
+    kl, violation = lax.cond(
+        step % 5 == 0, measure, lambda: (last_kl, jnp.zeros((), log_dual.dtype))
+    )
     log_dual = log_dual + 0.05 * violation
-    kl_log = 5 * jnp.where(jnp.isnan(kl), 0, kl)  # the mean over a chunk of five is the KL
-    return (network, optimiser_state, log_dual), {"gain": gain, "kl": kl_log, "log_dual": log_dual}
+    logs = {"gain": gain, "kl": kl, "log_dual": log_dual}
+    return (network, optimiser_state, log_dual, kl), logs
 
 
 @eqx.filter_jit
