@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import fisher_flow as ff
 def test_ensemble(dtype, getkey):
     observation = dict(x=jnp.ones(2, dtype), y=jnp.ones((), dtype))
     action, key = jr.normal(getkey(), (2, 2), dtype), getkey()
-    options = dict(num_members=3, width_size=8, depth=1, dtype=dtype, key=key)
+    options: dict[str, Any] = dict(num_members=3, width_size=8, depth=1, dtype=dtype, key=key)
     mean, minimum = (
         ff.QEnsemble(3, 4, aggregate=aggregate, **options) for aggregate in (jnp.mean, jnp.min)
     )

@@ -118,7 +118,10 @@ def test_observed_information_can_be_differentiated(getkey):
 def test_derivative_of_observed_information_matches_finite_differences(getkey):
     metric, policy = ff.ObservedInformation(ff.PerturbedScore()), bimodal().policy()
     action, direction = jr.normal(getkey(), (2, 2))
-    curve = lambda t: metric.operator(policy, None, action + t * direction, key=jr.key(0)).matrix
+
+    def curve(t):
+        return metric.operator(policy, None, action + t * direction, key=jr.key(0)).as_matrix()
+
     derivative, curve = jax.jit(jax.jacfwd(curve)), jax.jit(curve)
     difference = (curve(1e-5) - curve(-1e-5)) / 2e-5
     assert np.allclose(derivative(0.0), difference, rtol=1e-4, atol=1e-4)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ def observations(dtype, num=64):
     return jr.normal(jr.key(7), (num, 2), dtype)
 
 
-def refine(mixture, critic, *, key=jr.key(3), observations=observations, **options):
+def refine(mixture, critic, *, key=jr.key(3), observations=observations, **options) -> Any:
     dtype = mixture.means.dtype
     method = natural_step(dtype, **options)
     policy = shifted_policy(mixture)

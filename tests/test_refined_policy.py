@@ -1,3 +1,5 @@
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
@@ -10,8 +12,15 @@ from helpers import bimodal_1d, Critic, dtypes, natural_step, shifted_policy, wi
 import fisher_flow as ff
 
 
+class _Nowhere(ff.AbstractDisplacement):
+    """Folds the line at zero: a ↦ 1 + a², so that nothing is mapped to zero."""
+
+    def __call__(self, policy, critic, observation, action):
+        return 1 + action**2 - action
+
+
 o = jnp.full(1, 0.2)
-grid, step = jnp.linspace(-6, 7, 401, retstep=True)
+grid, step = jnp.linspace(-4, 5.5, 401, retstep=True)  # beyond it there is a mass of 1e-6
 radius = 0.1
 
 
@@ -21,8 +30,9 @@ def chain(dtype, length):
     policy = shifted_policy(bimodal_1d(dtype), **options)
     critic = Critic([1.0], dtype, curvature=0.4)
     observations = jnp.full((64, 1), 0.2, dtype)
-    method = natural_step(dtype, radius=radius)
-    policies = [policy]
+    # Damped until the map is one-to-one on the whole of the grid.
+    method = natural_step(dtype, radius=radius, damping=4.0)
+    policies: list[Any] = [policy]
     for i in range(length):
         refined = ff.refine(policies[-1], critic, method, observations=observations, key=jr.key(i))
         policies.append(refined)
@@ -69,6 +79,17 @@ def test_inverse_undoes_transport(length, policies, getkey):
     back = jax.vmap(lambda a: refined.inverse(o, a))(there)
     assert np.all(there != actions)
     assert np.allclose(back, actions, atol=1e-7)
+
+
+def test_where_there_is_no_inverse_there_is_no_density():
+    policy = shifted_policy(bimodal_1d())
+    critic = Critic([1.0], jnp.float64)
+    field = _Nowhere()
+    refined = ff.RefinedPolicy(policy, critic, field, natural_step(jnp.float64))
+    action = jnp.zeros(1)
+    assert np.isnan(refined.inverse(o, action)).all()
+    assert np.isnan(refined.log_prob(o, action))
+    assert np.isnan(ff.PerturbedScore()(refined, o, action)).all()
 
 
 @pytest.mark.parametrize("length", [1, 2])
