@@ -7,22 +7,19 @@ their values only; their derivatives solve a Sylvester equation, which never deg
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, ScalarLike
 
 
-@jax.custom_jvp
 def _solve_sylvester(X: Float[Array, "n n"], C: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Solves `X Y + Y X = C` for a symmetric positive definite `X`."""
-    w, V = jnp.linalg.eigh(X)
-    return V @ ((V.T @ C @ V) / (w[:, None] + w[None, :])) @ V.T
 
+    def solve(_, C):
+        w, V = jnp.linalg.eigh(X)
+        return V @ ((V.T @ C @ V) / (w[:, None] + w[None, :])) @ V.T
 
-@_solve_sylvester.defjvp
-def _solve_sylvester_jvp(primals, tangents):
-    X, C = primals
-    X_dot, C_dot = tangents
-    Y = _solve_sylvester(X, C)
-    return Y, _solve_sylvester(X, C_dot - X_dot @ Y - Y @ X_dot)
+    # Differentiated as a linear equation, not through its solution.
+    return lax.custom_linear_solve(lambda Y: X @ Y + Y @ X, C, solve, symmetric=True)
 
 
 @jax.custom_jvp

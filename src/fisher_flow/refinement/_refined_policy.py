@@ -162,9 +162,12 @@ class RefinedPolicy(AbstractFlowPolicy):
 
         The log-density in nats, a scalar; NaN where `inverse` is.
         """
+        action = as_inexact(action)
         a = self.inverse(observation, action)
-        log_det = self._log_det(observation)(a)
-        return self.policy.log_prob(observation, a, **options) - log_det
+        found = jnp.all(jnp.isfinite(a))
+        a = jnp.where(found, a, action)  # solvers raise at what is not finite
+        log_p = self.policy.log_prob(observation, a, **options) - self._log_det(observation)(a)
+        return jnp.where(found, log_p, jnp.nan)
 
     def score(
         self, estimator: Callable[..., Action], observation: Observation, action: Action
