@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=5, help="of an action")
     parser.add_argument("--radius", type=float, nargs="+", default=[0.05, 0.5], help="KLs in nats")
     parser.add_argument("--num-updates", type=int, default=1500, help="of a residual")
-    parser.add_argument("--frequency", type=float, default=1.0, help="of the waves of the critic")
+    parser.add_argument("--frequency", type=float, default=0.45, help="of the waves of the critic")
     parser.add_argument("--num-samples", type=int, default=65536, help="for the true KL and gain")
     parser.add_argument("--num-steps", type=int, default=32, help="Heun steps of the policy")
     parser.add_argument("--out", type=Path, default="geometry.json", help="the JSON to write")

@@ -212,8 +212,8 @@ def main() -> None:
     parser.add_argument("--radius", type=float, default=0.5, help="the KL to spend, in nats")
     parser.add_argument("--episodes", type=int, default=50, help="for the evaluation")
     parser.add_argument("--data-episodes", type=int, default=500)
-    parser.add_argument("--updates", type=int, default=8000, help="of the flow and the critic")
-    parser.add_argument("--residual-updates", type=int, default=2000)
+    parser.add_argument("--updates", type=int, default=5000, help="of the flow and the critic")
+    parser.add_argument("--residual-updates", type=int, default=1500)
     args = parser.parse_args()
     start = time.perf_counter()
     keys = dict(zip(["flow", "critic", "fit flow", "fit critic", "refine", "certify"],
