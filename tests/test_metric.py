@@ -104,7 +104,7 @@ def test_observed_information_of_a_gaussian_is_its_precision(size, dtype, getkey
 
 def test_observed_information_can_be_differentiated(getkey):
     # At an isotropic Gaussian all its eigenvalues agree, and it is the same at every action.
-    metric = ff.ObservedInformation(ff.PerturbedScore())
+    metric = ff.ObservedInformation(ff.PerturbedScore(), smoothing=0.0)
     policy = gaussian(np.zeros(3), 0.5 * np.eye(3)).policy()
     matrix = lambda a: metric.operator(policy, None, a, key=jr.key(0)).as_matrix()
     action = jr.normal(getkey(), (3,))

@@ -30,8 +30,8 @@ def chain(dtype, length):
     policy = shifted_policy(bimodal_1d(dtype), **options)
     critic = Critic([1.0], dtype, curvature=0.4)
     observations = jnp.full((64, 1), 0.2, dtype)
-    # Damped until the map is one-to-one on the whole of the grid.
-    method = natural_step(dtype, radius=radius, damping=4.0)
+    # Damped until the map is one-to-one on the whole of the grid, and smooth enough for quadrature.
+    method = natural_step(dtype, radius=radius, damping=4.0, smoothing=1.0)
     policies: list[Any] = [policy]
     for i in range(length):
         refined = ff.refine(policies[-1], critic, method, observations=observations, key=jr.key(i))

@@ -108,7 +108,10 @@ class AbstractAffineGaussianPath(eqx.Module):
         return self.sigma(t) / self.alpha(t)
 
     def time_at_noise_ratio(self, ratio: ScalarLike) -> Scalar:
-        r"""The time at which $\sigma / \alpha$ equals `ratio`; inverse of `noise_ratio`."""
+        r"""The time at which $\sigma / \alpha$ equals `ratio`; inverse of `noise_ratio`.
+
+        Found by bisection; override it where there is a closed form.
+        """
         ratio = lax.stop_gradient(jnp.asarray(ratio))
         ε = float(jnp.finfo(ratio.dtype).eps)
         solution = optx.root_find(
@@ -145,6 +148,9 @@ class LinearPath(AbstractAffineGaussianPath):
 
     def sigma(self, t: Scalar) -> Scalar:
         return 1 - t
+
+    def time_at_noise_ratio(self, ratio: ScalarLike) -> Scalar:
+        return 1 / (1 + jnp.asarray(ratio))
 
 
 LinearPath.__init__.__doc__ = """Takes no arguments."""

@@ -36,13 +36,12 @@ def _square_root_jvp(primals, tangents):
     return X, _solve_sylvester(X, B_dot)
 
 
-def smooth_positive_part(A: Float[Array, "n n"], smoothing: ScalarLike) -> Float[Array, "n n"]:
-    r"""Maps each eigenvalue of a symmetric matrix by $\tfrac12 (\lambda + \sqrt{\lambda^2 + ε^2})$.
-
-    The width `ε` of the corner is `smoothing` times the root mean square of the eigenvalues.
+def smooth_positive_part(
+    A: Float[Array, "n n"], squared_width: ScalarLike
+) -> Float[Array, "n n"]:
+    r"""Maps each eigenvalue of a symmetric matrix by $\tfrac12 (\lambda + \sqrt{\lambda^2 + ε^2})$,
+    whose corner has the width `ε`.
     """
-    n = A.shape[0]
-    mean_square = jnp.sum(A**2) / n
-    # A zero matrix has no scale of its own; the floor keeps its square root differentiable.
-    ε2 = jnp.asarray(smoothing, A.dtype) ** 2 * mean_square + jnp.finfo(A.dtype).tiny ** 0.5
-    return 0.5 * (A + _square_root(A @ A + ε2 * jnp.eye(n, dtype=A.dtype)))
+    # A floor, so that the square root can be differentiated at a zero matrix without a width.
+    ε2 = jnp.asarray(squared_width, A.dtype) + jnp.finfo(A.dtype).tiny ** 0.5
+    return 0.5 * (A + _square_root(A @ A + ε2 * jnp.eye(A.shape[0], dtype=A.dtype)))

@@ -156,8 +156,8 @@ class _CalibratedStep(AbstractDisplacement):
         # Nor may it be zero, as at a score of zero without damping.
         floor = jnp.asarray(jnp.finfo(action.dtype).tiny, action.dtype) ** 0.5
         damping = jnp.maximum(damping.astype(action.dtype), floor)
-        identity = lx.IdentityLinearOperator(G.in_structure())
-        damped = lx.TaggedLinearOperator(G + identity * damping, lx.positive_semidefinite_tag)
+        ridge = lx.DiagonalLinearOperator(jnp.full(action.size, damping))
+        damped = lx.TaggedLinearOperator(G + ridge, lx.positive_semidefinite_tag)
         step = linear_solve(damped, g.reshape(-1), self.method.solver)
         return jnp.where(finite, step.reshape(action.shape), jnp.nan)
 

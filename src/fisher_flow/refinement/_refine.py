@@ -29,8 +29,18 @@ def refine(
     !!! example
 
         ```python
+        import fisher_flow
+        import jax
+
+        # carries N(0, I) to N(observation, I)
+        policy = fisher_flow.FlowPolicy(
+            lambda t, x, o: o + (2 * t - 1) * (x - t * o) / (t**2 + (1 - t) ** 2),
+            action_shape=(2,),
+        )
+        critic = lambda observation, action: action.sum()
+
         refined = fisher_flow.refine(policy, critic)
-        action = refined.sample(observation, key=key)
+        action = refined.sample(jax.numpy.zeros(2), key=jax.random.key(0))
         ```
 
     **Arguments:**

@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import PRNGKeyArray, Scalar
@@ -32,7 +31,7 @@ class Euclidean(AbstractMetric):
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> lx.AbstractLinearOperator:
         del policy, observation, key
-        return lx.IdentityLinearOperator(jax.ShapeDtypeStruct((action.size,), action.dtype))
+        return lx.DiagonalLinearOperator(jnp.ones(action.size, action.dtype))
 
     def cost(
         self,

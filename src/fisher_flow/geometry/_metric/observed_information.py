@@ -3,7 +3,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import PRNGKeyArray, Scalar, ScalarLike
 
 from ..._custom_types import Action, Observation
 from ..._divergence import value_and_jacobian
@@ -37,8 +37,9 @@ class ObservedInformation(AbstractMetric):
             the velocity as an action has entries.
         - `smoothing`: the width of the corner of the positive part
             $\tfrac12 (\lambda + \sqrt{\lambda^2 + \epsilon^2})$ of an eigenvalue, relative to the
-            root mean square of the eigenvalues. Without it the metric has kinks, at which a
-            transport map folds.
+            information at the action: the root of the mean square of the eigenvalues, plus the
+            square of $\|s\|^2 / d$, which does not vanish where the curvature changes its sign.
+            Without it the metric has kinks, at which a transport map folds.
         """
         check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
         check_at_least("smoothing", smoothing, 0, 0.1)
@@ -49,7 +50,12 @@ class ObservedInformation(AbstractMetric):
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> lx.AbstractLinearOperator:
         del key
-        G = smooth_positive_part(self._curvature(policy, observation, action), self.smoothing)
+        s, J = value_and_jacobian(lambda a: self.score(policy, observation, a), action)
+        # A learned velocity is not exactly a gradient field, so neither is its score.
+        curvature = -0.5 * (J + J.T)
+        information = jnp.sum(curvature**2) / s.size + (jnp.sum(s**2) / s.size) ** 2
+        squared_width = jnp.asarray(self.smoothing, s.dtype) ** 2 * information
+        G = smooth_positive_part(curvature, squared_width)
         return lx.MatrixLinearOperator(G, lx.positive_semidefinite_tag)
 
     def cost(
@@ -63,8 +69,3 @@ class ObservedInformation(AbstractMetric):
     ) -> Scalar:
         operator = self.operator(policy, observation, action, key=key)
         return quadratic_form(operator, displacement(action))
-
-    def _curvature(self, policy, observation, action) -> Float[Array, "size size"]:
-        _, J = value_and_jacobian(lambda a: self.score(policy, observation, a), action)
-        # A learned velocity is not exactly a gradient field, so neither is its score.
-        return jnp.asarray(-0.5 * (J + J.T))
