@@ -212,5 +212,5 @@ def shifted_policy(mixture, **options):
 def natural_step(dtype, *, radius=0.1, damping=0.5, smoothing=0.1, **options):
     """A `NaturalStep` whose numbers are arrays, so that all of them share one compilation."""
     radius, damping, smoothing = (jnp.asarray(x, dtype) for x in (radius, damping, smoothing))
-    metric = ff.ObservedInformation(ff.PerturbedScore(), smoothing)
+    metric = ff.ObservedInformation(ff.PerturbedScore(time=0.95), smoothing)
     return ff.NaturalStep(metric, radius, damping=damping, **options)

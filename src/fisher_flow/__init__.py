@@ -16,6 +16,8 @@ from .geometry import (
     AbstractMetric as AbstractMetric,
     AbstractScore as AbstractScore,
     AveragedFisher as AveragedFisher,
+    calibrate_score as calibrate_score,
+    CalibratedScore as CalibratedScore,
     Euclidean as Euclidean,
     FisherRao as FisherRao,
     ObservedInformation as ObservedInformation,

@@ -1,3 +1,7 @@
+from ._calibrate_score import (
+    calibrate_score as calibrate_score,
+    CalibratedScore as CalibratedScore,
+)
 from ._metric import (
     AbstractMetric as AbstractMetric,
     AveragedFisher as AveragedFisher,

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
@@ -6,14 +7,13 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import Action
 from .._divergence import rademacher_probes, value_and_divergence
-from .._misc import batch_length, check_equal_lengths, check_instance, check_positive_integer
-from ..flows import AbstractAffineGaussianPath, AbstractFlowPolicy, as_flow_policy
+from .._misc import check_equal_lengths, check_positive_integer
+from ..flows import AbstractAffineGaussianPath, as_flow_policy, FlowPolicy
 from ._score import AbstractScore, PerturbedScore
 
 
@@ -22,27 +22,219 @@ if TYPE_CHECKING:
 
 
 class CalibratedScore(AbstractScore):
-    r"""The best of several estimates of the score; made by [`fisher_flow.calibrate_score`][].
+    r"""A [`fisher_flow.PerturbedScore`][] of the best time and order; made by
+    [`fisher_flow.calibrate_score`][].
 
     It is used as any other score is. What led to the choice is kept with it.
     """
 
-    score: AbstractScore
-    """The estimate that was chosen."""
+    time: Scalar
+    """The time that was chosen."""
+
+    order: int | Int[Array, ""]
+    """The order that was chosen, 1 or 2."""
 
     relative_error: Scalar
-    r"""Its predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$. An error of 1 is
-    that of no score at all."""
+    r"""The predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$ of the choice.
+    Below 0.3 is good; at 1 the score is no better than none at all."""
 
-    candidates: tuple[AbstractScore, ...]
-    """All the estimates that were tried."""
+    times: Float[Array, " times"]
+    """The times that were tried."""
 
-    criterion: Float[Array, " candidates"]
-    r"""The implicit score matching loss of each, $\mathbb E[\tfrac12\|\hat s\|^2 + \nabla \cdot \hat s]$;
-    less is better."""
+    criterion: Float[Array, "2 times"]
+    r"""The implicit score matching loss
+    $\mathbb E[\tfrac12\|\hat s\|^2 + \nabla \cdot \hat s]$ of both orders at each of them."""
 
-    criterion_stderr: Float[Array, " candidates"]
-    """Its standard error over the actions."""
+    relative_errors: Float[Array, "2 times"]
+    """The predicted errors of both orders at each of them."""
 
-    relative_errors: Float[Array, " candidates"]
-    """The predicted error of each."""
+    def from_velocity(
+        self,
+        path: AbstractAffineGaussianPath,
+        velocity: Callable[[Scalar, Action], Action],
+        action: Action,
+    ) -> Action:
+        def score_of_order(order):
+            return PerturbedScore(self.time, order).from_velocity(path, velocity, action)
+
+        if isinstance(self.order, int):
+            return score_of_order(self.order)
+        return lax.cond(self.order == 1, lambda: score_of_order(1), lambda: score_of_order(2))
+
+    def plot(self) -> "matplotlib.figure.Figure":
+        """Draws the predicted error of each order over the time, and the choice.
+
+        **Returns:**
+
+        A Matplotlib figure. Needs Matplotlib: `pip install matplotlib`.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for order, errors in zip((1, 2), self.relative_errors, strict=True):
+            axes.plot(self.times, errors, "o-", markersize=4, label=f"order {order}")
+        label = f"chosen: {float(self.time):.3f}, order {int(self.order)}"
+        axes.plot(self.time, self.relative_error, "k*", markersize=13, label=label)
+        axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
+        axes.set(ylim=(0, 1.5), xlabel="time", ylabel="predicted relative error of the score")
+        axes.legend(frameon=False)
+        return figure
+
+
+def calibrate_score(
+    policy: Any,
+    observations: PyTree[Any],
+    actions: Float[Array, "batch ..."],
+    *,
+    num_actions: int = 8192,
+    num_probes: int | None = None,
+    key: PRNGKeyArray,
+) -> CalibratedScore:
+    r"""Chooses the time and the order of a [`fisher_flow.PerturbedScore`][] by implicit score
+    matching on actions.
+
+    At early times the score is that of a blurred density, at late ones the errors of the velocity
+    are amplified; where the balance lies depends on the flow, the data and the training. The loss
+
+    $$J(\hat s) = \mathbb E\bigl[\tfrac12\|\hat s\|^2 + \nabla \cdot \hat s\bigr]
+        = \tfrac12 \mathbb E\|\hat s - s\|^2 - \tfrac12 \mathbb E\|s\|^2$$
+
+    needs no true score, and is least where the error is.
+
+    The predicted errors need $\mathbb E\|s\|^2$ besides, the Fisher information of the actions. In
+    its place stands the part of it that the best linear combination of all the estimates accounts
+    for, so the prediction is low by what no combination accounts for. It tells a good score from a
+    bad one, and is no proof of a good one.
+
+    !!! tip
+
+        Which actions? Those of the data judge the score against the data; take ones that the flow
+        was not trained on. Samples of the policy judge it against the policy, whose KL the
+        library bounds: this is what [`fisher_flow.refine`][] does when it calibrates by itself.
+
+    **Arguments:**
+
+    - `policy`: a flow policy. Of a refined policy, the flow underneath is calibrated.
+    - `observations`: observations, any PyTree of arrays with a leading batch axis.
+    - `actions`: one action at each of them, before any bounds.
+
+    **Other arguments:**
+
+    - `num_actions`: how many of the rows to use at most, chosen at random.
+    - `num_probes`: `None` for the exact divergence of actions of up to 32 entries, and four probes
+        of Hutchinson's estimate for larger ones; or the number of probes.
+    - `key`: a `jax.random.key`; the same key gives the same score.
+
+    **Returns:**
+
+    A [`fisher_flow.CalibratedScore`][], a score with its predicted error.
+
+    **Raises:**
+
+    - `ValueError` if lengths or shapes do not match.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @article{hyvarinen2005estimation,
+            title={Estimation of non-normalized statistical models by score matching},
+            author={Hyv{\"a}rinen, Aapo},
+            journal={Journal of Machine Learning Research},
+            volume={6},
+            year={2005},
+        }
+        ```
+    """
+    flow = as_flow_policy(policy).flow_policy
+    length = check_equal_lengths(observations=observations, actions=actions)
+    check_positive_integer("num_actions", num_actions, 8192)
+    actions = jnp.asarray(actions)
+    if actions.shape[1:] != flow.action_shape:
+        raise ValueError(
+            f"`actions` must have shape (batch, *action_shape) with `action_shape="
+            f"{flow.action_shape}`, but got {actions.shape}. Write "
+            f"`actions=actions.reshape(-1, *{flow.action_shape})`."
+        )
+    size = actions[0].size
+    if num_probes is not None:
+        check_positive_integer("num_probes", num_probes, 4)
+    elif size > 32:
+        num_probes = 4
+    row_key, key = jr.split(key)
+    rows = jr.permutation(row_key, length)[:num_actions]
+    observations, actions = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf)[rows], (observations, actions)
+    )
+    score = _calibrate(flow, observations, actions, num_probes, key)
+    if not isinstance(score.order, jax.core.Tracer):
+        score = eqx.tree_at(lambda score: score.order, score, int(score.order))
+    return score
+
+
+NUM_TIMES = 12
+
+
+@eqx.filter_jit
+def _calibrate(
+    flow: FlowPolicy,
+    observations: PyTree[Any],
+    actions: Float[Array, "batch *action"],
+    num_probes: int | None,
+    key: PRNGKeyArray,
+) -> CalibratedScore:
+    keys = jr.split(key, actions.shape[0])
+
+    def score_and_divergence(time):
+        score = PerturbedScore(time, order=1)
+
+        def of_one(row):
+            o, a, key = row
+            probes = None if num_probes is None else rademacher_probes(num_probes, a, key)
+            return value_and_divergence(lambda a: score(flow, o, a), a, probes)
+
+        return lax.map(of_one, (observations, actions, keys), batch_size=256)
+
+    # Noise that halves in variance, so that the second order takes two neighbours.
+    deviation = jnp.mean(jnp.std(actions, axis=0))
+    ratios = deviation * 0.8 * 2.0 ** (-0.5 * jnp.arange(NUM_TIMES + 1, dtype=actions.dtype))
+    times = jax.vmap(flow.path.time_at_noise_ratio)(ratios)
+    s, divergence = lax.map(score_and_divergence, times)
+    scores = jnp.stack([s[:-1], 2 * s[1:] - s[:-1]])
+    divergences = jnp.stack([divergence[:-1], 2 * divergence[1:] - divergence[:-1]])
+    squared_norms = jnp.sum(scores**2, axis=tuple(range(3, scores.ndim)))
+    criterion = jnp.mean(0.5 * squared_norms + divergences, axis=2)
+    best = jnp.argmin(jnp.where(jnp.isfinite(criterion), criterion, jnp.inf))
+    order, index = jnp.unravel_index(best, criterion.shape)
+
+    information = _explained_information(scores, divergences)
+    relative_errors = jnp.sqrt(jnp.maximum(1 + 2 * criterion / information, 0))
+    return CalibratedScore(
+        time=times[index],
+        order=order + 1,
+        relative_error=relative_errors[order, index],
+        times=times[:-1],
+        criterion=criterion,
+        relative_errors=relative_errors,
+    )
+
+
+def _explained_information(
+    scores: Float[Array, "2 times batch *action"], divergences: Float[Array, "2 times batch"]
+) -> Scalar:
+    r"""The Fisher information that the best linear combination of the estimates accounts for.
+
+    By Stein's identity $\mathbb E[s \cdot \hat s] = -\mathbb E[\nabla \cdot \hat s]$, so a linear
+    regression of the unknown score on the estimates is possible.
+    """
+    features = scores.reshape(-1, scores.shape[2] * math.prod(scores.shape[3:]))
+    target = -jnp.mean(divergences, axis=2).reshape(-1)
+    # An estimate that is not finite accounts for nothing.
+    finite = jnp.all(jnp.isfinite(features), axis=1) & jnp.isfinite(target)
+    features, target = jnp.where(finite[:, None], features, 0), jnp.where(finite, target, 0)
+    gram = features @ features.T / scores.shape[2]
+    norms = jnp.sqrt(jnp.diag(gram))
+    norms = jnp.where(norms > 0, norms, 1)
+    ridge = 1e-4 * jnp.eye(len(gram), dtype=gram.dtype)  # neighbouring estimates are much alike
+    weights = jnp.linalg.solve(gram / jnp.outer(norms, norms) + ridge, target / norms) / norms
+    return 2 * weights @ target - weights @ gram @ weights

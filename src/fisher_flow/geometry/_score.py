@@ -124,17 +124,19 @@ class PerturbedScore(AbstractScore):
 
     !!! tip
 
-        For a learned flow, times between 0.93 and 0.97 are good. Later ones amplify the errors of
-        the velocity, and the second order does so more than the first.
+        Later times amplify the errors of a learned velocity, and the second order does so more than
+        the first. The best time depends on the scale of the actions and on the training:
+        [`fisher_flow.calibrate_score`][] finds it.
     """
 
-    time: ScalarLike
+    time: ScalarLike | None
     order: int = eqx.field(static=True)
 
-    def __init__(self, time: ScalarLike = 0.95, order: int = 2):
+    def __init__(self, time: ScalarLike | None = None, order: int = 2):
         """**Arguments:**
 
-        - `time`: the time in (0, 1) at which the flow is evaluated.
+        - `time`: the time in (0, 1) at which the flow is evaluated. Without one, `refine` replaces
+            this score by a calibrated one if it is given observations; else the time is 0.95.
         - `order`: 1 for the score of the smoothed density, at one evaluation of the velocity; 2 to
             extrapolate with a second evaluation, at the later time at which the variance of the
             noise is half as large.
@@ -148,7 +150,7 @@ class PerturbedScore(AbstractScore):
                 f"`order` must be 1 (rescaled) or 2 (Richardson), but got `{order!r}`. Write "
                 "`PerturbedScore(order=2)`."
             )
-        self.time = _checked_time(time)
+        self.time = None if time is None else _checked_time(time)
         self.order = order
 
     def from_velocity(
@@ -157,7 +159,7 @@ class PerturbedScore(AbstractScore):
         velocity: Callable[[Scalar, Action], Action],
         action: Action,
     ) -> Action:
-        t = jnp.asarray(self.time, action.dtype)
+        t = jnp.asarray(0.95 if self.time is None else self.time, action.dtype)
         if self.order == 1:
             return _smoothed_score(path, velocity, t, action)
         later = path.time_at_noise_ratio(path.noise_ratio(t) / math.sqrt(2))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from .._custom_types import Critic
 from .._divergence import value_and_jacobian
 from .._misc import batch_length, check_instance, check_positive_integer
+from ..geometry import AbstractScore, CalibratedScore
 from ._method import critic_value
 from ._refined_policy import RefinedPolicy
 
@@ -58,6 +59,9 @@ class Certificate(eqx.Module):
     """The share of actions that were left in place because the gradient of the critic, or the
     displacement, was not finite there. It should be zero; if it is not, the critic is broken."""
 
+    score: AbstractScore
+    """The estimate of the score by which the KL was measured."""
+
     num_actions: int = eqx.field(static=True)
     """The number of actions measured."""
 
@@ -83,6 +87,7 @@ class Certificate(eqx.Module):
             ("  predicted by the metric", f"{self.kl_predicted:.4g}"),
             ("gain in Q", f"{self.improvement:.4g} ± {self.improvement_stderr:.2g}"),
             ("folded", f"{100 * self.folded:.2f} %"),
+            ("score", _describe(self.score)),
             ("Stein residual", f"{self.stein:.2g} ± {self.stein_stderr:.2g}"),
             ("not finite, left in place", f"{100 * self.non_finite:.2f} %"),
             ("actions, observations", f"{self.num_actions}, {self.num_observations}"),
@@ -127,6 +132,13 @@ class Certificate(eqx.Module):
         right.set(xlabel="gain in Q of one action", ylabel="actions")
         right.legend(frameon=False)
         return figure
+
+
+def _describe(score: AbstractScore) -> str:
+    if isinstance(score, CalibratedScore):
+        error = f"predicted error {score.relative_error:.2f}"
+        return f"calibrated: time {score.time:.3f}, order {score.order}, {error}"
+    return type(score).__name__
 
 
 def certify(
@@ -237,6 +249,7 @@ def _certify(refined, critic, observations, num_per_observation, key) -> Certifi
         stein=stein,
         stein_stderr=stein_stderr,
         non_finite=jnp.mean(results["non_finite"], dtype=kls.dtype),
+        score=method.measure.score,
         num_actions=length * num_per_observation,
         num_observations=length,
         fractions=fractions.astype(kls.dtype),

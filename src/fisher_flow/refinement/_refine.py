@@ -1,12 +1,17 @@
 import inspect
 from typing import Any
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import PRNGKeyArray, PyTree
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._custom_types import Critic
 from .._misc import batch_length, check_instance
 from ..flows import as_flow_policy
+from ..geometry import calibrate_score, PerturbedScore
 from ._method import AbstractRefinement
 from ._natural_step import NaturalStep
 from ._refined_policy import RefinedPolicy
@@ -18,6 +23,7 @@ def refine(
     method: AbstractRefinement = NaturalStep(),
     *,
     observations: PyTree[Any] | None = None,
+    actions: Float[Array, "batch ..."] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> RefinedPolicy:
     r"""Improves a flow policy by a critic, while staying within a KL of it.
@@ -56,7 +62,11 @@ def refine(
     **Other arguments:**
 
     - `observations`: observations to calibrate or train on, any PyTree of arrays with a leading
-        batch axis. `NaturalStep` can do without; `Residual` cannot.
+        batch axis. `NaturalStep` can do without; `Residual` cannot. With them, every
+        `PerturbedScore()` of the method to which no time was given is replaced by what
+        [`fisher_flow.calibrate_score`][] finds; see `refined.method.measure.score`.
+    - `actions`: one action of the data at each of them, to calibrate the score on. By default
+        actions are drawn from the policy.
     - `key`: a `jax.random.key`. The same key gives the same policy; so does none.
 
     **Returns:**
@@ -87,9 +97,45 @@ def refine(
             f"got `{critic!r}`. Write `refine(policy, lambda observation, action: ...)`."
         )
     check_instance("method", method, AbstractRefinement, "fisher_flow.NaturalStep()")
-    if observations is not None:
-        batch_length("observations", observations)
+    if observations is None and actions is not None:
+        raise ValueError(
+            "`actions` must come with the observations at which they were taken, but "
+            "`observations` is `None`. Write `refine(policy, critic, method, "
+            "observations=observations, actions=actions)`."
+        )
     if key is None:
         key = jr.key(0)
+    if observations is not None:
+        batch_length("observations", observations)
+        method = _calibrate(method, policy, observations, actions, jr.fold_in(key, 0))
     field = method.fit(policy, critic, observations, key=key)
     return RefinedPolicy(policy, critic, field, method)
+
+
+def _calibrate(method, policy, observations, actions, key):
+    """Replaces the scores to which no time was given."""
+
+    def is_open(x):
+        return isinstance(x, PerturbedScore) and x.time is None
+
+    if not any(is_open(x) for x in jax.tree.leaves(method, is_leaf=is_open)):
+        return method
+    draw_key, key = jr.split(key)
+    if actions is None:
+        observations, actions = _draw(policy.flow_policy, observations, draw_key)
+    score = calibrate_score(policy, observations, actions, num_actions=4096, key=key)
+    return jax.tree.map(lambda x: score if is_open(x) else x, method, is_leaf=is_open)
+
+
+@eqx.filter_jit
+def _draw(policy, observations, key):
+    row_key, action_key = jr.split(key)
+    rows = jr.randint(row_key, (4096,), 0, batch_length("observations", observations))
+    observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+
+    def draw(row):
+        observation, key = row
+        return policy.draw(observation, key=key)
+
+    keys = jr.split(action_key, 4096)
+    return observations, lax.map(draw, (observations, keys), batch_size=256)
