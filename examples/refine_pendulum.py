@@ -158,7 +158,7 @@ def make_figure(policies, critic, results, radius: float):
         for name in NAMES[:3]:
             axes.hist(
                 2 * np.asarray(draw_many(policies[name], observation))[:, 0],
-                bins=60,
+                bins=20,
                 range=(-2, 2),
                 density=True,
                 histtype="stepfilled" if name == "behaviour flow" else "step",
@@ -173,8 +173,7 @@ def make_figure(policies, critic, results, radius: float):
         curve.plot(2 * grid[:, 0], q, color="k", linestyle="--", linewidth=1.2, label="Q")
         curve.set_yticks([])
         curve.set_ylabel("Q (dashed)", fontsize="small")
-        # The share of actions at the bounds makes spikes; cut them off to see the rest.
-        axes.set(title=title, xlabel="torque", xlim=(-2, 2), ylim=(0, 1.2))
+        axes.set(title=title, xlabel="torque", xlim=(-2, 2))
     first = panels[next(iter(states))]
     first.set_ylabel("density of the action")
     first.legend(loc="upper center", fontsize="small", framealpha=0.9)

@@ -30,12 +30,14 @@ from .geometry import (
 from .refinement import (
     AbstractDisplacement as AbstractDisplacement,
     AbstractRefinement as AbstractRefinement,
+    AbstractSelection as AbstractSelection,
     BestOf as BestOf,
     Certificate as Certificate,
     certify as certify,
     NaturalStep as NaturalStep,
     refine as refine,
     RefinedPolicy as RefinedPolicy,
+    Resample as Resample,
     Residual as Residual,
 )
 from .values import fit_critic as fit_critic, QEnsemble as QEnsemble

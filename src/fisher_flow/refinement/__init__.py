@@ -7,4 +7,6 @@ from ._method import (
 from ._natural_step import NaturalStep as NaturalStep
 from ._refine import refine as refine
 from ._refined_policy import RefinedPolicy as RefinedPolicy
+from ._resample import Resample as Resample
 from ._residual import Residual as Residual
+from ._selection import AbstractSelection as AbstractSelection

@@ -1,25 +1,20 @@
 import math
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, Scalar
 
-from .._custom_types import Action, Critic, Observation
+from .._custom_types import Critic
 from .._misc import check_instance, check_positive_integer
 from ..flows import AbstractPolicy
-from ._method import critic_value
+from ._selection import AbstractSelection
 
 
-class BestOf(AbstractPolicy):
+class BestOf(AbstractSelection):
     r"""Draws `n` actions of a policy and keeps the best by the critic.
 
-    A transport map moves actions locally and cannot carry them from one mode of the data to
-    another; this can, and the two combine: `BestOf(refine(policy, critic), critic, 8)`.
-
-    It spends a KL of at most $\log n - (n - 1) / n$ nats, whatever the critic: `kl_bound`.
+    It spends a KL of at most $\log n - (n - 1) / n$ nats, whatever the critic.
 
     ??? cite "Reference"
 
@@ -58,24 +53,14 @@ class BestOf(AbstractPolicy):
         self.critic = critic
         self.n = n
 
-    @property
-    def action_shape(self) -> tuple[int, ...]:
-        return self.policy.action_shape
+    def probabilities(self, values: Float[Array, " n"]) -> Float[Array, " n"]:
+        best = jnp.argmax(jnp.where(jnp.isfinite(values), values, -jnp.inf))
+        return jax.nn.one_hot(best, self.n, dtype=values.dtype)
 
-    @property
-    def bounds(self) -> tuple[Any, Any] | None:
-        return self.policy.bounds
+    def kl(self, probabilities: Float[Array, " n"]) -> Scalar:
+        return jnp.asarray(self.kl_bound, probabilities.dtype)
 
     @property
     def kl_bound(self) -> float:
         r"""The bound $\log n - (n - 1) / n$ on the KL from `policy`, in nats."""
         return math.log(self.n) - (self.n - 1) / self.n
-
-    def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
-        def draw_and_value(key):
-            action = self.policy.draw(observation, key=key)
-            return action, critic_value(self.policy, self.critic, observation, action)
-
-        actions, values = jax.vmap(draw_and_value)(jr.split(key, self.n))
-        best = jnp.argmax(jnp.where(jnp.isfinite(values), values, -jnp.inf))
-        return actions[best]

@@ -1,0 +1,203 @@
+"""How good the score of a learned flow is, by estimator and time, and what it does to the KL.
+
+The behaviour is a two-dimensional Gaussian mixture whose score is known. A flow is trained on
+samples of it; one seed is one dataset and one training. Then a step of a fixed radius is made with
+the fixed and with the calibrated score, and the KL that each measures is held against the KL by
+the flow's own density, and by that of the mixture.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import scipy.stats
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from matplotlib.figure import Figure
+
+import fisher_flow as ff
+
+
+MEANS = jnp.array([[-1.5, 0.0], [1.0, 1.0], [0.5, -1.2]])
+COVARIANCES = jnp.array(
+    [[[0.5, 0.2], [0.2, 0.2]], [[0.15, 0.0], [0.0, 0.4]], [[0.3, -0.15], [-0.15, 0.2]]]
+)
+WEIGHTS = jnp.array([0.4, 0.35, 0.25])
+TIMES = [0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98]
+ESTIMATORS = {
+    "paper": lambda t: ff.PaperScore(t),
+    "rescaled (order 1)": lambda t: ff.PerturbedScore(t, order=1),
+    "Richardson (order 2)": lambda t: ff.PerturbedScore(t, order=2),
+}
+RADIUS = 0.3
+
+
+def log_prob(a: Float[Array, "2"]) -> Scalar:
+    parts = jax.vmap(jax.scipy.stats.multivariate_normal.logpdf, (None, 0, 0))
+    return jax.scipy.special.logsumexp(parts(a, MEANS, COVARIANCES), b=WEIGHTS)
+
+
+def draw(num: int, *, key: PRNGKeyArray) -> Float[Array, "num 2"]:
+    row_key, noise_key = jr.split(key)
+    k = jr.categorical(row_key, jnp.log(WEIGHTS), shape=(num,))
+    roots = jnp.linalg.cholesky(COVARIANCES)
+    return MEANS[k] + jnp.einsum("nij,nj->ni", roots[k], jr.normal(noise_key, (num, 2)))
+
+
+@eqx.filter_jit
+def relative_error(score: ff.AbstractScore, policy: ff.FlowPolicy, actions: Array) -> Scalar:
+    def squares(a):
+        true = jax.grad(log_prob)(a)
+        return jnp.sum((score(policy, jnp.zeros(1), a) - true) ** 2), jnp.sum(true**2)
+
+    error, norm = jax.lax.map(squares, actions, batch_size=1024)
+    return jnp.sqrt(jnp.mean(error) / jnp.mean(norm))
+
+
+def errors(policy: ff.FlowPolicy, actions: Array) -> dict[str, list[float]]:
+    return {
+        name: [float(relative_error(make(jnp.asarray(t)), policy, actions)) for t in TIMES]
+        for name, make in ESTIMATORS.items()
+    }
+
+
+def critic(observation: Any, action: Float[Array, "2"]) -> Scalar:
+    return jnp.sin(1.2 * action[0]) + 0.5 * action[1] - 0.1 * action[1] ** 2
+
+
+@eqx.filter_jit
+def true_kls(refined: ff.RefinedPolicy, exact_flow: ff.FlowPolicy, actions: Array):
+    """The KL of the transport map by the density of the flow, and by that of the mixture."""
+    o = jnp.zeros(1)
+
+    def terms(a):
+        δ, push = jax.linearize(lambda a: refined.displacement(o, a), a)
+        J = jax.vmap(push, out_axes=1)(jnp.eye(2))
+        log_det = jnp.linalg.slogdet(jnp.eye(2) + J)[1]
+        flow = exact_flow.log_prob(o, a) - exact_flow.log_prob(o, a + δ)
+        return flow - log_det, log_prob(a) - log_prob(a + δ) - log_det
+
+    return jax.lax.map(terms, actions, batch_size=256)
+
+
+def run_seed(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    data_key, held_key, init_key, fit_key, key = jr.split(jr.key(seed), 5)
+    data = draw(50_000, key=data_key)
+    held_out = draw(args.num_actions, key=held_key)
+    observations = jnp.zeros((len(data), 1))
+    velocity = ff.VelocityMLP(1, (2,), width_size=256, depth=3, key=init_key)
+    policy = ff.FlowPolicy(velocity, (2,))
+    policy = ff.fit_flow(policy, observations, data, num_updates=args.num_updates, key=fit_key)
+    row: dict[str, Any] = dict(seed=seed, errors=errors(policy, held_out))
+
+    calibrated = ff.calibrate_score(policy, observations[: len(held_out)], held_out, key=key)
+    row["calibrated"] = dict(
+        time=float(calibrated.time),
+        order=int(calibrated.order),
+        predicted_error=float(calibrated.relative_error),
+        error=float(relative_error(calibrated, policy, held_out)),
+    )
+
+    # Sampled finely, so that the actions follow the density of the flow.
+    exact_flow = ff.FlowPolicy(policy.velocity_field, (2,), solver=diffrax.Tsit5(), num_steps=32)
+    keys = jr.split(jr.key(seed + 1000), args.num_actions // 4)
+    actions = jax.jit(jax.vmap(lambda k: exact_flow.draw(jnp.zeros(1), key=k)))(keys)
+    row["kl"] = {}
+    # By default `refine` calibrates on actions that it draws.
+    for name, score in {
+        "time 0.95": ff.PerturbedScore(time=0.95),
+        "calibrated": ff.PerturbedScore(),
+    }.items():
+        step = ff.NaturalStep(ff.ObservedInformation(score), RADIUS)
+        refined = ff.refine(exact_flow, critic, step, observations=observations, key=key)
+        report = ff.certify(refined, critic, observations, key=jr.key(seed + 2000))
+        by_flow, by_mixture = (float(x.mean()) for x in true_kls(refined, exact_flow, actions))
+        row["kl"][name] = dict(
+            measured=float(report.kl),
+            by_flow=by_flow,
+            by_mixture=by_mixture,
+            gain=float(report.improvement),
+            stein=float(report.stein),
+        )
+    return row
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    n = len(values)
+    width = scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values) if n > 1 else math.nan
+    return float(np.mean(values)), float(width)
+
+
+def print_tables(exact: dict[str, list[float]], rows: list[dict[str, Any]]) -> None:
+    print(f"\n{'relative error of the score':<34}" + "".join(f"{t:>7g}" for t in TIMES))
+    for name in ESTIMATORS:
+        cells = "".join(f"{x:7.3f}" for x in exact[name])
+        print(f"{'exact velocity, ' + name:<34}{cells}")
+    for name in ESTIMATORS:
+        mean = np.mean([row["errors"][name] for row in rows], axis=0)
+        print(f"{'learned, ' + name:<34}" + "".join(f"{x:7.3f}" for x in mean))
+    for key in ("time", "order", "error", "predicted_error"):
+        mean, width = mean_and_interval([row["calibrated"][key] for row in rows])
+        print(f"calibrated on held-out data, {key:<16}{mean:.3f} ± {width:.3f}")
+    print(f"\n{'a step of ' + str(RADIUS) + ' nats':<20}{'measured KL':>16}{'by the flow':>16}", end="")
+    print(f"{'by the mixture':>16}{'gain in Q':>16}{'Stein':>16}")
+    for name in rows[0]["kl"]:
+        print(f"{name:<20}", end="")
+        for column in ("measured", "by_flow", "by_mixture", "gain", "stein"):
+            mean, width = mean_and_interval([row["kl"][name][column] for row in rows])
+            print(f"{f'{mean:.3f} ± {width:.3f}':>16}", end="")
+        print()
+
+
+def plot(exact: dict[str, list[float]], rows: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for (name, values), colour in zip(exact.items(), ("C3", "C1", "C0"), strict=True):
+        axes[0].plot(TIMES, values, "o-", markersize=4, color=colour, label=name)
+        for row in rows:
+            axes[1].plot(TIMES, row["errors"][name], "-", color=colour, alpha=0.6)
+    for i, row in enumerate(rows):
+        chosen = row["calibrated"]
+        label = "calibrate_score" if i == 0 else None
+        axes[1].plot(chosen["time"], chosen["error"], "k*", markersize=11, label=label)
+    for panel, title in zip(axes, ("exact velocity", "learned flow (one line a seed)"), strict=True):
+        panel.set(title=title, xlabel="time", ylim=(0, 1.5))
+        panel.legend(frameon=False)
+    axes[0].set_ylabel("relative error of the score")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="number of datasets and trainings")
+    parser.add_argument("--num-updates", type=int, default=15_000, help="of the flow")
+    parser.add_argument("--num-actions", type=int, default=8192, help="to measure on")
+    parser.add_argument("--out", type=Path, default="score.json", help="the JSON to write")
+    parser.add_argument("--figure", type=Path, help="the PNG to write; by default beside --out")
+    args = parser.parse_args()
+    figure_path = args.figure or args.out.with_suffix(".png")
+
+    velocity = ff.GaussianMixtureVelocity(MEANS, COVARIANCES, WEIGHTS)
+    exact = errors(ff.FlowPolicy(velocity, (2,)), draw(args.num_actions, key=jr.key(0)))
+    rows = [run_seed(seed, args) for seed in range(args.seeds)]
+    print_tables(exact, rows)
+    for path in (args.out, figure_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    settings = dict(seeds=args.seeds, num_updates=args.num_updates, num_actions=args.num_actions)
+    results = dict(settings=settings, times=TIMES, exact=exact, rows=rows)
+    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(exact, rows).savefig(figure_path, dpi=110)
+    print(f"\nWrote {args.out} and {figure_path}.")
+
+
+if __name__ == "__main__":
+    main()
