@@ -126,6 +126,7 @@ def best_gain(q: Float[np.ndarray, " num"], kl: float) -> float:
 def methods(radius: float, num_updates: int) -> dict[str, ff.NaturalStep | ff.Residual]:
     r = jnp.asarray(radius)  # an array, so that one compilation serves all the radii
     steps = {f"step, {type(metric).__name__}": ff.NaturalStep(metric, r) for metric in STEPS}
+    steps["step, ObservedInformation, 4 short"] = ff.NaturalStep(radius=r, num_steps=4)
     options: dict[str, Any] = dict(num_updates=num_updates, width_size=64, progress=False)
     residuals = {
         f"residual, {type(metric).__name__}": ff.Residual(metric, r, damping=damping, **options)
@@ -167,7 +168,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             row["ratio"] = gain / gains_of_euclidean.setdefault(name.split(",")[0], gain)
             rows.append(row)
             print(
-                f"seed {seed}  radius {radius:<5g} {name:<28} true KL {kl:.4f}  gain {gain:.4f}  "
+                f"seed {seed}  radius {radius:<5g} {name:<34} true KL {kl:.4f}  gain {gain:.4f}  "
                 f"efficiency {row['efficiency']:.2f}  {seconds:.1f} s",
                 flush=True,
             )
@@ -192,12 +193,12 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_table(summary: list[dict[str, Any]]) -> None:
     print(
-        f"\n{'method':<29}{'radius':>6}{'measured KL':>17}{'true KL':>17}{'folded %':>13}"
+        f"\n{'method':<36}{'radius':>6}{'measured KL':>17}{'true KL':>17}{'folded %':>13}"
         f"{'gain in E[Q]':>15}{'efficiency':>13}{'/ Euclidean':>13}{'seconds':>9}"
     )
-    print(f"{'behaviour':<35}{'0':>17}{'0':>17}{'0':>13}{'0':>15}")
+    print(f"{'behaviour':<42}{'0':>17}{'0':>17}{'0':>13}{'0':>15}")
     for row in summary:
-        print(f"{row['method']:<29}{row['radius']:>6g}", end="")
+        print(f"{row['method']:<36}{row['radius']:>6g}", end="")
         for (column, digits), width in zip(COLUMNS.items(), (17, 17, 13, 15, 13, 13), strict=True):
             cell = f"{row[column]:.{digits}f} ± {row[column + '_interval']:.{digits}f}"
             print(f"{cell:>{width}}", end="")

@@ -146,8 +146,8 @@ def print_tables(exact: dict[str, list[float]], rows: list[dict[str, Any]]) -> N
     for key in ("time", "order", "error", "predicted_error"):
         mean, width = mean_and_interval([row["calibrated"][key] for row in rows])
         print(f"calibrated on held-out data, {key:<16}{mean:.3f} ± {width:.3f}")
-    print(f"\n{'a step of ' + str(RADIUS) + ' nats':<20}{'measured KL':>16}{'by the flow':>16}", end="")
-    print(f"{'by the mixture':>16}{'gain in Q':>16}{'Stein':>16}")
+    columns = ("measured KL", "by the flow", "by the mixture", "gain in Q", "Stein")
+    print(f"\n{f'a step of {RADIUS} nats':<20}" + "".join(f"{column:>16}" for column in columns))
     for name in rows[0]["kl"]:
         print(f"{name:<20}", end="")
         for column in ("measured", "by_flow", "by_mixture", "gain", "stein"):
@@ -167,7 +167,8 @@ def plot(exact: dict[str, list[float]], rows: list[dict[str, Any]]) -> Figure:
         chosen = row["calibrated"]
         label = "calibrate_score" if i == 0 else None
         axes[1].plot(chosen["time"], chosen["error"], "k*", markersize=11, label=label)
-    for panel, title in zip(axes, ("exact velocity", "learned flow (one line a seed)"), strict=True):
+    titles = "exact velocity", "learned flow (one line a seed)"
+    for panel, title in zip(axes, titles, strict=True):
         panel.set(title=title, xlabel="time", ylim=(0, 1.5))
         panel.legend(frameon=False)
     axes[0].set_ylabel("relative error of the score")

@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -97,8 +99,8 @@ def test_refine_calibrates_where_no_time_was_given():
 
     def scores(metric, **options):
         method = ff.NaturalStep(metric, 0.1, num_calibration=64)
-        refined = ff.refine(policy, critic, method, **options)
-        return refined.method.metric.score, refined.method.measure.score
+        method: Any = ff.refine(policy, critic, method, **options).method
+        return method.metric.score, method.measure.score
 
     by_default = scores(ff.ObservedInformation(), observations=observations)
     assert all(isinstance(score, ff.CalibratedScore) for score in by_default)
@@ -124,7 +126,7 @@ def test_certificate_says_which_score(getkey):
     observations = jnp.zeros((64, 2), jnp.float32)
     refined = ff.refine(policy, critic, method, observations=observations)
     report = ff.certify(refined, critic, observations, num_actions=64, key=getkey())
-    score = refined.method.measure.score
+    score: Any = refined.method.measure.score
     assert f"time {score.time:.3f}, order {score.order}" in str(report)
 
 

@@ -1,10 +1,12 @@
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import correlated, Critic, dtypes, natural_step, shifted_policy
+from helpers import correlated, Critic, dtypes, gaussian, natural_step, shifted_policy
+from scipy import stats
 
 import fisher_flow as ff
 
@@ -77,7 +79,7 @@ def test_prints_as_a_table(report):
         ("asked for", report.radius),
         ("gain in Q", report.improvement),
     ]:
-        (line,) = (line for line in lines if name in line)
+        line = next(line for line in lines if name in line)
         assert f"{value:.4g}" in line
 
 
@@ -87,3 +89,33 @@ def test_plots(report):
     assert np.allclose(measured.get_ydata(), report.kl_by_fraction)
     assert np.allclose(predicted.get_ydata(), report.kl_predicted * report.fractions**2)
     assert sum(bar.get_height() for bar in right.patches) == report.num_actions
+
+
+@pytest.mark.parametrize("n", [2, 16])
+def test_totals_of_a_choice_after_a_step(n):
+    # On the line with a linear critic the step is a translation, and after it BestOf keeps the
+    # largest of n: the density n F^(n - 1) p of the translated Gaussian, here by quadrature.
+    base = gaussian([0.3], [[0.5]])
+    policy = base.policy(solver=diffrax.Tsit5(), num_steps=8)
+    critic = Critic([1.0], jnp.float64)
+    method = natural_step(jnp.float64, radius=0.2, smoothing=0.0)
+    refined = ff.refine(policy, critic, method, observations=jnp.zeros((64, 1)))
+    report = ff.certify(
+        ff.BestOf(refined, critic, n), critic, jnp.zeros((256, 1)), num_actions=8192, key=jr.key(0)
+    )
+    x, dx = np.linspace(-6, 8, 4001, retstep=True)
+    shift = np.sqrt(2 * 0.2 * 0.5)
+    scale = 0.5**0.5
+    log_p, log_moved = (stats.norm.logpdf(x, mean, scale) for mean in (0.3, 0.3 + shift))
+    log_q = np.log(n) + (n - 1) * stats.norm.logcdf(x, 0.3 + shift, scale) + log_moved
+    kl = np.sum(np.exp(log_q) * (log_q - log_p)) * dx
+    gain = np.sum(np.exp(log_q) * x) * dx - 0.3
+    assert np.abs(report.total_kl - kl) <= 5 * report.total_kl_stderr + 0.01 * kl
+    assert np.abs(report.total_improvement - gain) <= 5 * report.total_improvement_stderr
+    # The certificate of the step itself is not touched.
+    assert np.allclose(report.kl, 0.2, rtol=0.011)
+
+
+def test_totals_of_one_step_are_its_own(report):
+    assert np.allclose(report.total_kl, report.kl, rtol=0.02)
+    assert np.allclose(report.total_improvement, report.improvement, rtol=0.02)

@@ -80,6 +80,9 @@ cases = [
     ("ff.PerturbedScore(time=0)", "time", "`0`", "time=0.95"),
     ("ff.PerturbedScore(order=3)", "order", "`3`", "PerturbedScore(order=2)"),
     ("ff.BestOf(policy, critic, 0)", "n", "`0`", "n=8"),
+    ("ff.Resample(policy, critic, radius=-1.0)", "radius", "-1.0", "radius=0.5"),
+    ("ff.Resample(policy, critic, radius=3.0, n=8)", "n", "n=8", "n=42"),
+    ("ff.NaturalStep(num_steps=0)", "num_steps", "`0`", "num_steps=1"),
     ("policy.log_prob(observation, action, num_probes=4)", "num_probes", "num_probes=4", "key=jax.random.key(0)"),
     ("ff.fit_flow(small, observations, actions.at[0].set(jnp.nan), **fit)", "actions", "not", "actions=actions[keep]"),
     ("ff.fit_flow(small, observations.at[0].set(jnp.inf), actions, **fit)", "observations", "not", "keep = "),
@@ -88,7 +91,11 @@ cases = [
     ("ff.refine(policy, critic, ff.Residual())", "observations", "`None`", "refine(policy, critic, Residual(), observations=observations)"),
     ("ff.refine(ff.BestOf(policy, critic), critic)", "policy", "BestOf", "BestOf(refine(policy, critic), critic, n)"),
     ("ff.refine(critic, critic)", "policy", "<lambda>", "FlowPolicy(velocity, action_shape=(5,))"),
-    ("ff.certify(policy, critic, observations, key=key)", "refined", "FlowPolicy", "refine(policy, critic)"),
+    ("ff.certify(policy, critic, observations, key=key)", "policy", "FlowPolicy", "refine(policy, critic)"),
+    ("ff.certify(ff.BestOf(policy, critic), critic, observations, key=key)", "policy", "FlowPolicy", "refine(policy, critic)"),
+    ("ff.refine(policy, critic, actions=actions)", "actions", "`None`", "observations=observations, actions=actions)"),
+    ("ff.refine(policy, critic, observations=observations, actions=actions[:2])", "actions", "'actions': 2", "observations=observations[:2]"),
+    ("ff.calibrate_score(policy, observations, actions[:, :1], key=key)", "actions", "(4, 1)", "actions=actions.reshape(-1, *(2,))"),
     ("ff.BestOf(critic, critic)", "policy", "<lambda>", "refine(policy, critic)"),
 ]
 # fmt: on

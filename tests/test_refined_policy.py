@@ -102,11 +102,18 @@ def test_score_is_the_gradient_of_the_log_density(length, policies):
     assert np.allclose(scores, gradients, rtol=1e-3, atol=1e-3)
 
 
-def test_certificate_of_a_chain_is_that_of_its_last_step(policies):
+def test_certificate_of_a_chain(policies, log_probs):
     refined = policies[-1]
     report = ff.certify(refined, refined.critic, o[None], num_actions=2048, key=jr.key(9))
     assert np.allclose(report.kl, radius, rtol=0.1) and report.folded <= 0.02
     assert np.abs(report.stein) < 5 * report.stein_stderr
+    # And its totals are those of the whole, here by quadrature.
+    first, *_, last = log_probs
+    kl = jnp.sum(jnp.exp(last) * (last - first)) * step
+    assert np.abs(report.total_kl - kl) <= 5 * report.total_kl_stderr
+    values = jax.vmap(lambda a: refined.critic(o, a[None]))(grid)
+    gain = jnp.sum((jnp.exp(last) - jnp.exp(first)) * values) * step
+    assert np.abs(report.total_improvement - gain) <= 5 * report.total_improvement_stderr
 
 
 @dtypes

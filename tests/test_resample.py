@@ -11,6 +11,9 @@ import fisher_flow as ff
 first = lambda observation, action: action[0]
 
 
+base = gaussian([0.0], [[1.0]]).policy()
+
+
 def resample(n, radius=0.3, dtype=jnp.float64):
     return ff.Resample(gaussian([0.0], [[1.0]], dtype).policy(), first, radius, n)
 
@@ -39,7 +42,7 @@ def test_tends_to_the_tilted_gaussian(getkey):
     # N(0, σ²) exp(Q / β) with Q linear is a translation by σ sqrt(2 radius).
     radius = 0.3
     policy = resample(1024, radius)
-    scale = policy.policy.flow(None, jnp.ones(1))[0]  # of the ten Euler steps
+    scale = base.flow(None, jnp.ones(1))[0]  # of the ten Euler steps
     samples = jax.jit(jax.vmap(lambda key: policy.sample(None, key=key)))(jr.split(getkey(), 4000))
     # 4000 samples leave a standard error of 0.016, and 1024 draws waste a little.
     assert np.allclose(samples.mean() / scale, np.sqrt(2 * radius), atol=0.07)
@@ -51,11 +54,11 @@ def test_kl_is_within_the_radius(n, getkey):
     # In bins that are equally likely under the policy; binning can only lower a KL.
     policy = resample(n, radius=0.3)
     keys = jr.split(getkey(), 100_000)
-    base, chosen = (
+    before, chosen = (
         np.asarray(jax.jit(jax.vmap(lambda key, p=p: p.draw(None, key=key)))(keys))[:, 0]
-        for p in (policy.policy, policy)
+        for p in (base, policy)
     )
-    edges = np.quantile(base, np.linspace(0, 1, 41)[1:-1])
+    edges = np.quantile(before, np.linspace(0, 1, 41)[1:-1])
     share = np.bincount(np.searchsorted(edges, chosen), minlength=40) / len(chosen)
     kl = np.sum(share * np.log(40 * np.maximum(share, 1e-12)))
     # 40 bins of 100,000 samples bias the estimate by 39 / 200,000.

@@ -1,6 +1,7 @@
 """Checks of arguments, and the few operations on PyTrees that several modules share."""
 
 import inspect
+import numbers
 from typing import Any
 
 import equinox as eqx
@@ -35,7 +36,7 @@ def check_instance(name: str, value: Any, cls: type, example: str) -> None:
 
 
 def check_positive_integer(name: str, value: Any, example: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(
             f"`{name}` must be an integer of at least 1, but got `{value!r}`. "
             f"Write `{name}={example}`."

@@ -80,6 +80,20 @@ class AbstractFlowPolicy(AbstractPolicy):
         """The flow underneath all transport maps."""
 
     @abc.abstractmethod
+    def from_flow(self, observation: Observation, action: Action) -> Action:
+        """Carries an action of `flow_policy` through all transport maps.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: an action of the flow, before its bounds.
+
+        **Returns:**
+
+        The action of this policy, before its bounds.
+        """
+
+    @abc.abstractmethod
     def in_flow_coordinates(
         self,
         observation: Observation,
@@ -245,6 +259,10 @@ class FlowPolicy(AbstractFlowPolicy):
     @property
     def flow_policy(self) -> "FlowPolicy":
         return self
+
+    def from_flow(self, observation: Observation, action: Action) -> Action:
+        del observation
+        return action
 
     def in_flow_coordinates(
         self,

@@ -179,7 +179,7 @@ NUM_TIMES = 12
 def _calibrate(
     flow: FlowPolicy,
     observations: PyTree[Any],
-    actions: Float[Array, "batch *action"],
+    actions: Float[Array, "batch ..."],
     num_probes: int | None,
     key: PRNGKeyArray,
 ) -> CalibratedScore:

@@ -36,9 +36,7 @@ def _square_root_jvp(primals, tangents):
     return X, _solve_sylvester(X, B_dot)
 
 
-def smooth_positive_part(
-    A: Float[Array, "n n"], squared_width: ScalarLike
-) -> Float[Array, "n n"]:
+def smooth_positive_part(A: Float[Array, "n n"], squared_width: ScalarLike) -> Float[Array, "n n"]:
     r"""Maps each eigenvalue of a symmetric matrix by $\tfrac12 (\lambda + \sqrt{\lambda^2 + ε^2})$,
     whose corner has the width `ε`.
     """

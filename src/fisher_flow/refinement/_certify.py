@@ -13,6 +13,7 @@ from .._misc import batch_length, check_instance, check_positive_integer
 from ..geometry import AbstractScore, CalibratedScore
 from ._method import critic_value
 from ._refined_policy import RefinedPolicy
+from ._selection import AbstractSelection
 
 
 if TYPE_CHECKING:
@@ -48,6 +49,20 @@ class Certificate(eqx.Module):
     improvement_stderr: Scalar
     """Its standard error."""
 
+    total_kl: Scalar
+    """The KL from the flow underneath, in nats, through all the transport maps of a chain and the
+    choice of a [`fisher_flow.BestOf`][] or [`fisher_flow.Resample`][], of which it is an upper
+    bound."""
+
+    total_kl_stderr: Scalar
+    """Its standard error."""
+
+    total_improvement: Scalar
+    """The mean gain in the critic's value over that flow."""
+
+    total_improvement_stderr: Scalar
+    """Its standard error."""
+
     stein: Scalar
     """The mean Stein residual. It should be zero within a few standard errors; if it is not, the
     score is not that of the actions and `kl` is off: try another `time` of the score."""
@@ -81,11 +96,15 @@ class Certificate(eqx.Module):
     """The gain in the critic's value at each action."""
 
     def __str__(self) -> str:
+        total_gain = f"{self.total_improvement:.4g} ± {self.total_improvement_stderr:.2g}"
         rows = [
             ("measured KL (nats)", f"{self.kl:.4g} ± {self.kl_stderr:.2g}"),
             ("  asked for", f"{self.radius:.4g}"),
             ("  predicted by the metric", f"{self.kl_predicted:.4g}"),
+            ("  of that asked for", _ratio(self.kl, self.kl_stderr, self.radius)),
             ("gain in Q", f"{self.improvement:.4g} ± {self.improvement_stderr:.2g}"),
+            ("KL from the flow, in all", f"{self.total_kl:.4g} ± {self.total_kl_stderr:.2g}"),
+            ("gain over the flow, in all", total_gain),
             ("folded", f"{100 * self.folded:.2f} %"),
             ("score", _describe(self.score)),
             ("Stein residual", f"{self.stein:.2g} ± {self.stein_stderr:.2g}"),
@@ -134,6 +153,10 @@ class Certificate(eqx.Module):
         return figure
 
 
+def _ratio(kl, stderr, radius) -> str:
+    return f"{kl / radius:.3f} ± {stderr / radius:.2g}" if radius > 0 else "-"
+
+
 def _describe(score: AbstractScore) -> str:
     if isinstance(score, CalibratedScore):
         error = f"predicted error {score.relative_error:.2f}"
@@ -142,7 +165,7 @@ def _describe(score: AbstractScore) -> str:
 
 
 def certify(
-    refined: RefinedPolicy,
+    policy: RefinedPolicy | AbstractSelection,
     critic: Critic,
     observations: PyTree[Any],
     *,
@@ -153,8 +176,9 @@ def certify(
 
     **Arguments:**
 
-    - `refined`: the policy that `refine` returned. Its KL is from the policy that it refines: in a
-        chain, that of the last step.
+    - `policy`: the policy that `refine` returned, or a [`fisher_flow.BestOf`][] or
+        [`fisher_flow.Resample`][] of it. The certificate is of the last refinement, from the policy
+        that it refined; its `total_...` entries are of all that happened since the flow.
     - `critic`: called as `critic(observation, action)`; the judge of the gain, which may be another
         than the one that refined.
     - `observations`: the observations to measure at, any PyTree of arrays with a leading axis. Take
@@ -172,19 +196,20 @@ def certify(
 
     **Raises:**
 
-    - `ValueError` if `refined` is not a refined policy.
+    - `ValueError` if `policy` is not a refined policy.
     """
-    check_instance("refined", refined, RefinedPolicy, "fisher_flow.refine(policy, critic)")
+    refined = policy.policy if isinstance(policy, AbstractSelection) else policy
+    check_instance("policy", refined, RefinedPolicy, "fisher_flow.refine(policy, critic)")
     check_positive_integer("num_actions", num_actions, 4096)
     length = batch_length("observations", observations)
     row_key, key = jr.split(key)
     rows = jr.permutation(row_key, length)[:num_actions]
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    return _certify(refined, critic, observations, -(-num_actions // len(rows)), key)
+    return _certify(policy, refined, critic, observations, -(-num_actions // len(rows)), key)
 
 
 @eqx.filter_jit
-def _certify(refined, critic, observations, num_per_observation, key) -> Certificate:
+def _certify(certified, refined, critic, observations, num_per_observation, key) -> Certificate:
     policy, method = refined.policy, refined.method
     length = batch_length("observations", observations)
     fractions = jnp.linspace(0, 1.5, 7)
@@ -217,10 +242,15 @@ def _certify(refined, critic, observations, num_per_observation, key) -> Certifi
             non_finite=~finite,
         )
 
+    num_choices = certified.n if isinstance(certified, AbstractSelection) else 1
+    num_choosings = -(-num_per_observation // num_choices)
+
     def of_observation(row):
         o, key = row
         keys = jr.split(key, num_per_observation)
-        return jax.vmap(lambda key: of_action(o, key))(keys)
+        total_keys = jr.split(jr.fold_in(key, 0), num_choosings)
+        totals = jax.vmap(lambda key: _total(certified, refined, critic, o, key))(total_keys)
+        return jax.vmap(lambda key: of_action(o, key))(keys) | totals
 
     rows_at_once = max(1, 256 // num_per_observation)
     results = lax.map(
@@ -238,6 +268,8 @@ def _certify(refined, critic, observations, num_per_observation, key) -> Certifi
     kls, kl_stderrs = mean_and_stderr(terms.kl)
     stein, stein_stderr = mean_and_stderr(terms.stein[..., whole])
     improvement, improvement_stderr = mean_and_stderr(results["gain"])
+    total_kl, total_kl_stderr = mean_and_stderr(results["total_kl"])
+    total_improvement, total_improvement_stderr = mean_and_stderr(results["total_gain"])
     return Certificate(
         kl=kls[whole],
         kl_stderr=kl_stderrs[whole],
@@ -246,6 +278,10 @@ def _certify(refined, critic, observations, num_per_observation, key) -> Certifi
         folded=jnp.mean(terms.folded[..., whole], dtype=kls.dtype),
         improvement=improvement,
         improvement_stderr=improvement_stderr,
+        total_kl=total_kl,
+        total_kl_stderr=total_kl_stderr,
+        total_improvement=total_improvement,
+        total_improvement_stderr=total_improvement_stderr,
         stein=stein,
         stein_stderr=stein_stderr,
         non_finite=jnp.mean(results["non_finite"], dtype=kls.dtype),
@@ -257,3 +293,31 @@ def _certify(refined, critic, observations, num_per_observation, key) -> Certifi
         kl_stderr_by_fraction=kl_stderrs,
         gains=results["gain"].reshape(-1),
     )
+
+
+def _total(certified, refined, critic, o, key) -> dict[str, Scalar]:
+    """What one action costs and gains from the flow on, or one choice among several."""
+    flow, measure = refined.flow_policy, refined.method.measure
+
+    def of_one(key):
+        b = flow.draw(o, key=key)
+        δ, J = value_and_jacobian(lambda b: refined.from_flow(o, b) - b, b)
+        terms = measure.terms(flow, o, b, δ, J)
+        moved = jnp.any(δ != 0)
+        terms = jax.tree.map(lambda leaf: jnp.where(moved, leaf, jnp.zeros_like(leaf)), terms)
+        value = critic_value(refined, critic, o, b + δ)
+        return terms, value, value - critic_value(flow, critic, o, b), b + δ
+
+    if not isinstance(certified, AbstractSelection):
+        terms, _, gain, _ = of_one(key)
+        return dict(total_kl=terms.kl, total_gain=gain)
+
+    terms, values, gains, actions = jax.vmap(of_one)(jr.split(key, certified.n))
+    chooser = lambda a: critic_value(refined, certified.critic, o, a)
+    p = certified.probabilities(jax.vmap(chooser)(actions))
+    tilt = p - 1 / certified.n
+    # KL(π''‖π) = KL(π''‖π') + E_π''[log π'/π], of which the last is known at every single action;
+    # under π' its mean is the KL of the map, for which there is a better estimate.
+    log_ratio = terms.kl - terms.stein
+    total_kl = certified.kl(p) + jnp.mean(terms.kl) + jnp.sum(tilt * log_ratio)
+    return dict(total_kl=total_kl, total_gain=jnp.mean(gains) + jnp.sum(tilt * values))

@@ -54,6 +54,7 @@ class NaturalStep(AbstractRefinement):
     metric: AbstractMetric
     radius: ScalarLike
     damping: ScalarLike
+    num_steps: int = eqx.field(static=True)
     max_folded: ScalarLike
     num_auxiliary: int = eqx.field(static=True)
     num_calibration: int = eqx.field(static=True)
@@ -66,6 +67,7 @@ class NaturalStep(AbstractRefinement):
         radius: ScalarLike = 0.5,
         *,
         damping: ScalarLike = 0.2,
+        num_steps: int = 1,
         max_folded: ScalarLike = 0.01,
         num_auxiliary: int = 64,
         num_calibration: int = 4096,
@@ -82,6 +84,9 @@ class NaturalStep(AbstractRefinement):
 
         - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue that is added to it at
             first; without observations eight times as much, since few actions show few folds.
+        - `num_steps`: the number of short steps to split the step into, each from where the one
+            before it ended. Several follow the critic around curves and fold less; sampling costs
+            as many times more.
         - `max_folded`: the share of actions at which the transport map may fold.
         - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
             the length of the step there.
@@ -105,12 +110,14 @@ class NaturalStep(AbstractRefinement):
             )
         check_at_least("damping", damping, 0, 0.2)
         check_at_least("max_folded", max_folded, 0, 0.01)
+        check_positive_integer("num_steps", num_steps, 1)
         check_positive_integer("num_auxiliary", num_auxiliary, 64)
         check_positive_integer("num_calibration", num_calibration, 4096)
         check_instance("solver", solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)")
         self.metric = metric
         self.radius = radius
         self.damping = damping
+        self.num_steps = num_steps
         self.max_folded = max_folded
         self.num_auxiliary = num_auxiliary
         self.num_calibration = num_calibration
@@ -140,8 +147,15 @@ class _CalibratedStep(AbstractDisplacement):
     def __call__(
         self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
     ) -> Action:
-        direction = self.direction(policy, critic, observation, action, self.damping)
-        return self.scale.astype(action.dtype) * direction
+        length = (self.scale / self.method.num_steps).astype(action.dtype)
+
+        def step(a):
+            return length * self.direction(policy, critic, observation, a, self.damping)
+
+        if self.method.num_steps == 1:
+            return step(action)
+        end = lax.fori_loop(0, self.method.num_steps, lambda _, a: a + step(a), action)
+        return end - action
 
     def direction(self, policy, critic, observation, action, damping: Scalar) -> Action:
         """The unscaled step; NaN where the critic or the metric is not finite."""
@@ -250,22 +264,34 @@ def _settle(
     mean_eigenvalue = jnp.mean(jnp.where(jnp.isfinite(eigenvalues), eigenvalues, 0))
 
     def attempt(damping):
-        def field(o, a):
-            δ, J = value_and_jacobian(lambda a: step.direction(policy, critic, o, a, damping), a)
-            δ, finite = finite_or_zero(δ)
-            return δ, jnp.where(finite, J, 0)
+        def fields(scale):
+            step = _CalibratedStep(method, damping, scale, key)
 
-        directions, jacobians = over_rows(field)(actions)
+            def field(o, a):
+                δ, J = value_and_jacobian(lambda a: step(policy, critic, o, a), a)
+                δ, finite = finite_or_zero(δ)
+                return δ, jnp.where(finite, J, 0)
 
-        def terms(scale, o, a, δ, J):
-            result = method.measure.terms(policy, o, a, scale * δ, scale * J)
+            return over_rows(field)(actions)
+
+        def terms(o, a, δ, J):
+            result = method.measure.terms(policy, o, a, δ, J)
             moved = jnp.any(δ != 0)  # actions that stay cost nothing, and may have no score
             return jnp.where(moved, result.kl, 0), moved & result.folded
 
         def measure(scale):
-            kl, folded = over_rows(lambda *row: terms(scale, *row))(actions, directions, jacobians)
+            # A single step and its Jacobian are proportional to the scale.
+            δ, J = (scale * unit[0], scale * unit[1]) if method.num_steps == 1 else fields(scale)
+            kl, folded = over_rows(terms)(actions, δ, J)
             return jnp.mean(kl), jnp.mean(folded)
 
+        if method.num_steps == 1:
+            unit = fields(jnp.ones_like(radius))
+            directions = unit[0]
+        else:
+            directions = over_rows(lambda o, a: step.direction(policy, critic, o, a, damping))(
+                actions
+            )
         # E[gᵀ (G + λI)⁻¹ g], whose half is the quadratic cost of the unscaled direction.
         squared_norm = jnp.nanmean(jnp.sum((gradients * directions).reshape(-1, size), axis=1))
         usable = jnp.isfinite(squared_norm) & (squared_norm > 0)

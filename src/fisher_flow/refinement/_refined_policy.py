@@ -65,9 +65,12 @@ class RefinedPolicy(AbstractFlowPolicy):
     def flow_policy(self) -> FlowPolicy:
         return self.policy.flow_policy
 
-    def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
-        action = self.policy.draw(observation, key=key)
+    def from_flow(self, observation: Observation, action: Action) -> Action:
+        action = self.policy.from_flow(observation, action)
         return action + self.displacement(observation, action)
+
+    def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
+        return self.from_flow(observation, self.flow_policy.draw(observation, key=key))
 
     @eqx.filter_jit
     def displacement(self, observation: Observation, action: Action) -> Action:

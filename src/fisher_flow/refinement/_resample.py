@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
@@ -53,11 +54,12 @@ class Resample(AbstractSelection):
         check_instance("policy", policy, AbstractPolicy, "fisher_flow.refine(policy, critic)")
         check_positive_integer("n", n, 32)
         check_at_least("radius", radius, 0, 0.5)
-        if not isinstance(radius, jax.core.Tracer) and not radius < math.log(n):
+        known = not isinstance(radius, jax.core.Tracer)
+        if known and (needed := math.exp(float(np.asarray(radius)))) >= n:
             raise ValueError(
-                f"`n` must be above exp(radius), since a choice among n actions spends at most "
+                "`n` must be above exp(radius), since a choice among n actions spends less than "
                 f"log(n) nats, but got n={n} with radius={radius}. Write "
-                f"`n={2 * math.ceil(math.exp(radius)) + 2}`."
+                f"`n={2 * math.ceil(needed)}`."
             )
         self.policy = policy
         self.critic = critic
