@@ -117,5 +117,5 @@ def test_totals_of_a_choice_after_a_step(n):
 
 
 def test_totals_of_one_step_are_its_own(report):
-    assert np.allclose(report.total_kl, report.kl, rtol=0.02)
-    assert np.allclose(report.total_improvement, report.improvement, rtol=0.02)
+    assert np.allclose(report.total_kl, report.kl, rtol=1e-9)
+    assert np.allclose(report.total_improvement, report.improvement, rtol=1e-9)

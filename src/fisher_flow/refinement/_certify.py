@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from .._custom_types import Critic
 from .._divergence import value_and_jacobian
 from .._misc import batch_length, check_instance, check_positive_integer
+from ..flows import FlowPolicy
 from ..geometry import AbstractScore, CalibratedScore
 from ._method import critic_value
 from ._refined_policy import RefinedPolicy
@@ -198,21 +199,27 @@ def certify(
 
     - `ValueError` if `policy` is not a refined policy.
     """
-    refined = policy.policy if isinstance(policy, AbstractSelection) else policy
-    check_instance("policy", refined, RefinedPolicy, "fisher_flow.refine(policy, critic)")
+    check_instance("policy", _refined(policy), RefinedPolicy, "fisher_flow.refine(policy, critic)")
     check_positive_integer("num_actions", num_actions, 4096)
     length = batch_length("observations", observations)
     row_key, key = jr.split(key)
     rows = jr.permutation(row_key, length)[:num_actions]
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    return _certify(policy, refined, critic, observations, -(-num_actions // len(rows)), key)
+    return _certify(policy, critic, observations, -(-num_actions // len(rows)), key)
+
+
+def _refined(policy: Any) -> Any:
+    """The policy of which a choice is made, if it is."""
+    return policy.policy if isinstance(policy, AbstractSelection) else policy
 
 
 @eqx.filter_jit
-def _certify(certified, refined, critic, observations, num_per_observation, key) -> Certificate:
+def _certify(certified, critic, observations, num_per_observation, key) -> Certificate:
+    refined = _refined(certified)
     policy, method = refined.policy, refined.method
     length = batch_length("observations", observations)
     fractions = jnp.linspace(0, 1.5, 7)
+    whole = 4  # fractions[4] == 1
 
     def of_action(o, key):
         action_key, metric_key = jr.split(key)
@@ -242,18 +249,21 @@ def _certify(certified, refined, critic, observations, num_per_observation, key)
             non_finite=~finite,
         )
 
-    num_choices = certified.n if isinstance(certified, AbstractSelection) else 1
-    num_choosings = -(-num_per_observation // num_choices)
-
     def of_observation(row):
         o, key = row
         keys = jr.split(key, num_per_observation)
-        total_keys = jr.split(jr.fold_in(key, 0), num_choosings)
-        totals = jax.vmap(lambda key: _total(certified, refined, critic, o, key))(total_keys)
-        return jax.vmap(lambda key: of_action(o, key))(keys) | totals
+        results = jax.vmap(lambda key: of_action(o, key))(keys)
+        if not isinstance(certified, AbstractSelection) and isinstance(policy, FlowPolicy):
+            # One map and no choice: the totals are those of the map.
+            totals = results["terms"].kl[:, whole], results["gain"]
+        else:
+            num_choices = certified.n if isinstance(certified, AbstractSelection) else 1
+            total_keys = jr.split(jr.fold_in(key, 0), -(-num_per_observation // num_choices))
+            totals = jax.vmap(lambda key: _total(certified, critic, o, key))(total_keys)
+        return results, totals
 
     rows_at_once = max(1, 256 // num_per_observation)
-    results = lax.map(
+    results, (total_kls, total_gains) = lax.map(
         of_observation, (observations, jr.split(key, length)), batch_size=rows_at_once
     )
 
@@ -263,13 +273,12 @@ def _certify(certified, refined, critic, observations, num_per_observation, key)
         stderr = jnp.std(means, axis=0, ddof=1) / jnp.sqrt(means.shape[0])
         return jnp.mean(means, axis=0), stderr
 
-    whole = 4  # fractions[4] == 1
     terms = results["terms"]
     kls, kl_stderrs = mean_and_stderr(terms.kl)
     stein, stein_stderr = mean_and_stderr(terms.stein[..., whole])
     improvement, improvement_stderr = mean_and_stderr(results["gain"])
-    total_kl, total_kl_stderr = mean_and_stderr(results["total_kl"])
-    total_improvement, total_improvement_stderr = mean_and_stderr(results["total_gain"])
+    total_kl, total_kl_stderr = mean_and_stderr(total_kls)
+    total_improvement, total_improvement_stderr = mean_and_stderr(total_gains)
     return Certificate(
         kl=kls[whole],
         kl_stderr=kl_stderrs[whole],
@@ -295,8 +304,9 @@ def _certify(certified, refined, critic, observations, num_per_observation, key)
     )
 
 
-def _total(certified, refined, critic, o, key) -> dict[str, Scalar]:
+def _total(certified, critic, o, key) -> tuple[Scalar, Scalar]:
     """What one action costs and gains from the flow on, or one choice among several."""
+    refined = _refined(certified)
     flow, measure = refined.flow_policy, refined.method.measure
 
     def of_one(key):
@@ -310,7 +320,7 @@ def _total(certified, refined, critic, o, key) -> dict[str, Scalar]:
 
     if not isinstance(certified, AbstractSelection):
         terms, _, gain, _ = of_one(key)
-        return dict(total_kl=terms.kl, total_gain=gain)
+        return terms.kl, gain
 
     terms, values, gains, actions = jax.vmap(of_one)(jr.split(key, certified.n))
     chooser = lambda a: critic_value(refined, certified.critic, o, a)
@@ -320,4 +330,4 @@ def _total(certified, refined, critic, o, key) -> dict[str, Scalar]:
     # under π' its mean is the KL of the map, for which there is a better estimate.
     log_ratio = terms.kl - terms.stein
     total_kl = certified.kl(p) + jnp.mean(terms.kl) + jnp.sum(tilt * log_ratio)
-    return dict(total_kl=total_kl, total_gain=jnp.mean(gains) + jnp.sum(tilt * values))
+    return total_kl, jnp.mean(gains) + jnp.sum(tilt * values)
