@@ -17,7 +17,9 @@ import fisher_flow as ff
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
 
 
-class CosinePath(ff.AbstractAffineGaussianPath):
+class UserPath(ff.AbstractAffineGaussianPath):
+    """A schedule of which only the two functions are written."""
+
     def alpha(self, t):
         return jnp.sin(jnp.pi / 2 * t)
 
@@ -25,7 +27,7 @@ class CosinePath(ff.AbstractAffineGaussianPath):
         return jnp.cos(jnp.pi / 2 * t)
 
 
-paths = [ff.LinearPath(), CosinePath()]
+paths = [ff.LinearPath(), UserPath()]
 
 scores = [
     ff.PaperScore(time=0.9),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import bimodal, CosinePath, Critic, dtypes, gaussian, paths, tree_allclose
+from helpers import bimodal, Critic, dtypes, gaussian, paths, tree_allclose, UserPath
 
 import fisher_flow as ff
 
@@ -47,7 +47,7 @@ def test_criterion_of_a_gaussian(path):
 
 
 @pytest.mark.parametrize("size", [0.02, 0.1])
-@pytest.mark.parametrize("path", [ff.LinearPath(), CosinePath()])
+@pytest.mark.parametrize("path", [ff.LinearPath(), UserPath()])
 def test_chooses_the_least_error(size, path):
     mixture = bimodal()
     policy = ff.FlowPolicy(RoughVelocity(mixture.velocity(path), size), (2,), path=path)

@@ -2,13 +2,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
-from helpers import CosinePath, dtypes, paths, tree_allclose
+from helpers import dtypes, paths, tree_allclose, UserPath
 
 import fisher_flow as ff
 
 
-every_path = pytest.mark.parametrize("path", paths, ids=lambda path: type(path).__name__)
+every_path = pytest.mark.parametrize(
+    "path",
+    [*paths, ff.CosinePath(), ff.VariancePreservingPath()],
+    ids=lambda path: type(path).__name__,
+)
 
 
 @every_path
@@ -16,8 +21,10 @@ every_path = pytest.mark.parametrize("path", paths, ids=lambda path: type(path).
 def test_starts_at_noise_and_ends_at_data(path, dtype):
     start, end = jnp.zeros((), dtype), jnp.ones((), dtype)
     x0, x1 = jnp.asarray([1.0, 2.0], dtype), jnp.asarray([3.0, -1.0], dtype)
-    assert tree_allclose(path.interpolate(start, x0, x1)[0], x0, atol=1e-6)
-    assert tree_allclose(path.interpolate(end, x0, x1)[0], x1, atol=1e-6)
+    # A diffusion model keeps a trace of the data at time 0.
+    trace = 0.03 if isinstance(path, ff.VariancePreservingPath) else 1e-6
+    assert tree_allclose(path.interpolate(start, x0, x1)[0], x0, atol=trace)
+    assert tree_allclose(path.interpolate(end, x0, x1)[0], x1, atol=5e-6)
 
 
 @every_path
@@ -29,12 +36,23 @@ def test_velocity_of_a_pair_is_the_derivative_of_its_point(path, dtype, getkey):
     assert tree_allclose(path.interpolate(t, x0, x1)[1], derivative)
 
 
-def test_schedule_of_the_cosine_path():
+def test_schedule_of_a_path_of_two_functions():
     t = jnp.asarray(0.3)
     angle = jnp.pi / 2 * t
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     expected = (sin, cos, jnp.pi / 2 * cos, -jnp.pi / 2 * sin)
-    assert tree_allclose(CosinePath().schedule(t), expected, rtol=1e-12)
+    assert tree_allclose(UserPath().schedule(t), expected, rtol=1e-12)
+    assert tree_allclose(ff.CosinePath().schedule(t), expected, rtol=1e-12)
+
+
+def test_variance_preserving_path_adds_noise_at_its_rates():
+    # dx = -½ β x ds + sqrt(β) dw with β from 0.1 to 20: d log α / ds = -½ β.
+    path, t = ff.VariancePreservingPath(), jnp.asarray([0.0, 0.3, 0.999])
+    slopes = jax.vmap(jax.grad(lambda t: jnp.log(path.alpha(t))))(t)
+    β = 0.1 + 19.9 * (1 - np.asarray(t))
+    assert np.allclose(slopes, 0.5 * β)
+    α, σ = jax.vmap(path.alpha)(t), jax.vmap(path.sigma)(t)
+    assert np.allclose(α**2 + σ**2, 1)
 
 
 @every_path

@@ -7,6 +7,8 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
+from .._misc import check_at_least
+
 
 class AbstractAffineGaussianPath(eqx.Module):
     r"""Abstract base class for the paths from noise to data that flow matching can follow,
@@ -154,3 +156,81 @@ class LinearPath(AbstractAffineGaussianPath):
 
 
 LinearPath.__init__.__doc__ = """Takes no arguments."""
+
+
+class CosinePath(AbstractAffineGaussianPath):
+    r"""The circular path $x_t = \sin(\tfrac\pi2 t)\, x_1 + \cos(\tfrac\pi2 t)\, x_0$.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @inproceedings{albergo2023building,
+            title={Building normalizing flows with stochastic interpolants},
+            author={Albergo, Michael S. and Vanden-Eijnden, Eric},
+            booktitle={International Conference on Learning Representations},
+            year={2023},
+        }
+        ```
+    """
+
+    def alpha(self, t: Scalar) -> Scalar:
+        return jnp.sin(0.5 * jnp.pi * t)
+
+    def sigma(self, t: Scalar) -> Scalar:
+        # Not the cosine of t: near time 1 that would lose its digits.
+        return jnp.sin(0.5 * jnp.pi * (1 - t))
+
+    def time_at_noise_ratio(self, ratio: ScalarLike) -> Scalar:
+        return 1 - 2 / jnp.pi * jnp.arctan(jnp.asarray(ratio))
+
+
+CosinePath.__init__.__doc__ = """Takes no arguments."""
+
+
+class VariancePreservingPath(AbstractAffineGaussianPath):
+    r"""The path of variance-preserving diffusion models, $\alpha^2 + \sigma^2 = 1$ with
+
+    $$\log \alpha(t) = -\tfrac14 s^2 (\beta_1 - \beta_0) - \tfrac12 s \beta_0, \qquad s = 1 - t.$$
+
+    Time is that of this library, with noise at 0; the diffusion time is $s$. At time 0 a trace of
+    the data is left, $\alpha = 0.007$ by default. At time 1 the velocity is infinite, though
+    integrable: use solvers with steps of a fixed size that do not evaluate it there, as Euler's,
+    and expect `log_prob` to be slow.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @inproceedings{song2021scorebased,
+            title={Score-based generative modeling through stochastic differential equations},
+            author={Song, Yang and Sohl-Dickstein, Jascha and Kingma, Diederik P.
+                    and Kumar, Abhishek and Ermon, Stefano and Poole, Ben},
+            booktitle={International Conference on Learning Representations},
+            year={2021},
+        }
+        ```
+    """
+
+    beta_min: ScalarLike
+    beta_max: ScalarLike
+
+    def __init__(self, beta_min: ScalarLike = 0.1, beta_max: ScalarLike = 20.0):
+        r"""**Arguments:**
+
+        - `beta_min`, `beta_max`: the rates $\beta_0$ and $\beta_1$ at which noise is added.
+        """
+        check_at_least("beta_min", beta_min, 0, 0.1)
+        check_at_least("beta_max", beta_max, 0, 20.0)
+        self.beta_min = beta_min
+        self.beta_max = beta_max
+
+    def _log_alpha(self, t: Scalar) -> Scalar:
+        s = 1 - t
+        low, high = (jnp.asarray(beta, t.dtype) for beta in (self.beta_min, self.beta_max))
+        return -0.25 * s**2 * (high - low) - 0.5 * s * low
+
+    def alpha(self, t: Scalar) -> Scalar:
+        return jnp.exp(self._log_alpha(t))
+
+    def sigma(self, t: Scalar) -> Scalar:
+        # The floor keeps the derivative finite at time 1.
+        return jnp.sqrt(jnp.maximum(-jnp.expm1(2 * self._log_alpha(t)), 1e-12))
