@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import Action
 from .._divergence import rademacher_probes, value_and_divergence
-from .._misc import check_equal_lengths, check_positive_integer
+from .._misc import as_inexact, check_equal_lengths, check_positive_integer, constant
 from ..flows import AbstractAffineGaussianPath, as_flow_policy, FlowPolicy
 from ._score import AbstractScore, PerturbedScore
 
@@ -149,7 +149,7 @@ def calibrate_score(
     flow = as_flow_policy(policy).flow_policy
     length = check_equal_lengths(observations=observations, actions=actions)
     check_positive_integer("num_actions", num_actions, 8192)
-    actions = jnp.asarray(actions)
+    actions = as_inexact(actions)
     if actions.shape[1:] != flow.action_shape:
         raise ValueError(
             f"`actions` must have shape (batch, *action_shape) with `action_shape="
@@ -172,7 +172,7 @@ def calibrate_score(
     return score
 
 
-NUM_TIMES = 12
+_NUM_TIMES = 12
 
 
 @eqx.filter_jit
@@ -183,6 +183,7 @@ def _calibrate(
     num_probes: int | None,
     key: PRNGKeyArray,
 ) -> CalibratedScore:
+    flow, observations, actions = constant((flow, observations, actions))
     keys = jr.split(key, actions.shape[0])
 
     def score_and_divergence(time):
@@ -197,7 +198,8 @@ def _calibrate(
 
     # Noise that halves in variance, so that the second order takes two neighbours.
     deviation = jnp.mean(jnp.std(actions, axis=0))
-    ratios = deviation * 0.8 * 2.0 ** (-0.5 * jnp.arange(NUM_TIMES + 1, dtype=actions.dtype))
+    deviation = jnp.where(deviation > 0, deviation, 1)
+    ratios = deviation * 0.8 * 2.0 ** (-0.5 * jnp.arange(_NUM_TIMES + 1, dtype=actions.dtype))
     times = jax.vmap(flow.path.time_at_noise_ratio)(ratios)
     s, divergence = lax.map(score_and_divergence, times)
     scores = jnp.stack([s[:-1], 2 * s[1:] - s[:-1]])
