@@ -48,7 +48,8 @@ def test_curve_along_the_displacement(report):
 
 @dtypes
 def test_dtype(dtype):
-    leaves = jax.tree.leaves(eqx.filter(certificate(dtype), eqx.is_inexact_array))
+    report = eqx.tree_at(lambda report: report.score, certificate(dtype), None)
+    leaves = jax.tree.leaves(eqx.filter(report, eqx.is_inexact_array))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
 
 
@@ -114,6 +115,32 @@ def test_totals_of_a_choice_after_a_step(n):
     assert np.abs(report.total_improvement - gain) <= 5 * report.total_improvement_stderr
     # The certificate of the step itself is not touched.
     assert np.allclose(report.kl, 0.2, rtol=0.011)
+
+
+def test_totals_of_resampling_after_a_step():
+    # With a linear critic both move a Gaussian: by sqrt(2 radius) deviations each.
+    base = gaussian([0.3], [[0.5]])
+    policy = base.policy(solver=diffrax.Tsit5(), num_steps=8)
+    critic = Critic([1.0], jnp.float64)
+    method = natural_step(jnp.float64, radius=0.2, smoothing=0.0)
+    refined = ff.refine(policy, critic, method, observations=jnp.zeros((64, 1)))
+    chosen = ff.Resample(refined, critic, 0.1, n=256)
+    report = ff.certify(chosen, critic, jnp.zeros((64, 1)), num_actions=2**15, key=jr.key(0))
+    deviations = np.sqrt(2 * 0.2) + np.sqrt(2 * 0.1)
+    # A choice among 256 gains a little less than one among all.
+    assert np.allclose(report.total_kl, deviations**2 / 2, rtol=0.05)
+    assert np.allclose(report.total_improvement, deviations * np.sqrt(0.5), rtol=0.05)
+
+
+def test_a_critic_that_is_broken_in_places_has_totals():
+    policy = shifted_policy(correlated())
+    value = lambda o, a: jnp.where(a[0] < -0.5, jnp.nan * a[0], a[1])
+    method = natural_step(jnp.float64, radius=0.05)
+    refined = ff.refine(policy, value, method, observations=jnp.zeros((64, 2)))
+    best = ff.BestOf(refined, value, 4)
+    report = ff.certify(best, value, jnp.zeros((32, 2)), num_actions=512, key=jr.key(0))
+    assert report.total_improvement > 0 and np.isfinite(report.total_kl)
+    assert report.non_finite > 0
 
 
 def test_totals_of_one_step_are_its_own(report):

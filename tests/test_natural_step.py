@@ -260,7 +260,7 @@ def test_compiles_once(getkey):
     counts = []
     for scale in 1.0, 2.0, 3.0:
         critic = Counting(Critic(g, jnp.float32, scale=scale))
-        refined = refine(correlated(jnp.float32), critic, key=getkey())
+        refined = refine(correlated(jnp.float32), critic, radius=0.1 * scale, key=getkey())
         refined.sample(jnp.zeros(2, jnp.float32), key=getkey())
         counts.append(len(traces))
     assert counts[0] > 0 and counts[0] == counts[1] == counts[2]

@@ -76,6 +76,13 @@ def test_values_that_are_not_finite_are_never_preferred(bad, getkey):
     assert np.allclose(p, 1 / 16)
 
 
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e9])
+def test_one_value_that_is_very_bad_does_not_matter(size, getkey):
+    policy, values = resample(32, radius=0.5), jr.normal(getkey(), (32,)).at[0].set(-size)
+    p = policy.probabilities(values)
+    assert p[0] < 1e-6 and np.allclose(policy.kl(p), 0.5, rtol=1e-3)
+
+
 def test_equal_values_leave_the_policy_as_it_is():
     assert np.allclose(resample(8).probabilities(jnp.full(8, 3.0)), 1 / 8)
 

@@ -36,7 +36,8 @@ class CalibratedScore(AbstractScore):
 
     relative_error: Scalar
     r"""The predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$ of the choice.
-    Below 0.3 is good; at 1 the score is no better than none at all."""
+    It is low, by what no combination of the estimates accounts for. At 1 the score is no better
+    than none at all."""
 
     times: Float[Array, " times"]
     """The times that were tried."""
@@ -132,7 +133,7 @@ def calibrate_score(
 
     **Raises:**
 
-    - `ValueError` if lengths or shapes do not match.
+    - `ValueError` if lengths or shapes do not match, or no estimate is finite.
 
     ??? cite "Reference"
 
@@ -168,6 +169,12 @@ def calibrate_score(
     )
     score = _calibrate(flow, observations, actions, num_probes, key)
     if not isinstance(score.order, jax.core.Tracer):
+        if not jnp.isfinite(score.relative_error):
+            raise ValueError(
+                "`actions` must be finite, and the velocity of the policy too, but no estimate of "
+                "the score is finite at all of them. Drop the rows that are not: "
+                "`actions=actions[jnp.isfinite(actions).all(-1)]`."
+            )
         score = eqx.tree_at(lambda score: score.order, score, int(score.order))
     return score
 

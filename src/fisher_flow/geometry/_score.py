@@ -136,7 +136,8 @@ class PerturbedScore(AbstractScore):
         """**Arguments:**
 
         - `time`: the time in (0, 1) at which the flow is evaluated. Without one, `refine` replaces
-            this score by a calibrated one if it is given observations; else the time is 0.95.
+            this score, order and all, by a calibrated one if it is given observations; else the
+            time is 0.95.
         - `order`: 1 for the score of the smoothed density, at one evaluation of the velocity; 2 to
             extrapolate with a second evaluation, at the later time at which the variance of the
             noise is half as large.
@@ -151,7 +152,7 @@ class PerturbedScore(AbstractScore):
                 "`PerturbedScore(order=2)`."
             )
         self.time = None if time is None else _checked_time(time)
-        self.order = order
+        self.order = int(order)
 
     def from_velocity(
         self,

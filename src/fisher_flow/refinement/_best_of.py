@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Scalar
 from .._custom_types import Critic
 from .._misc import check_instance, check_positive_integer
 from ..flows import AbstractPolicy
+from ._method import check_critic
 from ._selection import AbstractSelection
 
 
@@ -48,6 +49,7 @@ class BestOf(AbstractSelection):
         - `ValueError` if `policy` is not a policy or `n` is not a positive integer.
         """
         check_instance("policy", policy, AbstractPolicy, "fisher_flow.refine(policy, critic)")
+        check_critic(critic)
         check_positive_integer("n", n, 8)
         self.policy = policy
         self.critic = critic

@@ -11,8 +11,8 @@ from .._custom_types import Critic
 from .._divergence import value_and_jacobian
 from .._misc import batch_length, check_instance, check_positive_integer
 from ..flows import FlowPolicy
-from ..geometry import AbstractScore, CalibratedScore
-from ._method import critic_value
+from ..geometry import AbstractScore, CalibratedScore, PerturbedScore
+from ._method import check_critic, critic_value
 from ._refined_policy import RefinedPolicy
 from ._selection import AbstractSelection
 
@@ -162,6 +162,9 @@ def _describe(score: AbstractScore) -> str:
     if isinstance(score, CalibratedScore):
         error = f"predicted error {score.relative_error:.2f}"
         return f"calibrated: time {score.time:.3f}, order {score.order}, {error}"
+    if isinstance(score, PerturbedScore):
+        time = jnp.asarray(0.95 if score.time is None else score.time)
+        return f"time {time:.3g}, order {score.order}"
     return type(score).__name__
 
 
@@ -199,6 +202,14 @@ def certify(
 
     - `ValueError` if `policy` is not a refined policy.
     """
+    check_critic(critic)
+    if isinstance(policy, AbstractSelection) and not isinstance(policy.policy, RefinedPolicy):
+        name = type(policy).__name__
+        raise ValueError(
+            f"`policy` must choose among the actions of a refined policy, but got a `{name}` of a "
+            f"`{type(policy.policy).__name__}`. Write "
+            f"`policy={name}(refine(policy, critic), critic, ...)`."
+        )
     check_instance("policy", _refined(policy), RefinedPolicy, "fisher_flow.refine(policy, critic)")
     check_positive_integer("num_actions", num_actions, 4096)
     length = batch_length("observations", observations)
@@ -251,15 +262,20 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
 
     def of_observation(row):
         o, key = row
-        keys = jr.split(key, num_per_observation)
-        results = jax.vmap(lambda key: of_action(o, key))(keys)
+        keys = jr.split(key, num_per_observation + 1)
+        keys, total_key = keys[:-1], keys[-1]
+        results = lax.map(lambda key: of_action(o, key), keys, batch_size=256)
         if not isinstance(certified, AbstractSelection) and isinstance(policy, FlowPolicy):
             # One map and no choice: the totals are those of the map.
             totals = results["terms"].kl[:, whole], results["gain"]
         else:
             num_choices = certified.n if isinstance(certified, AbstractSelection) else 1
-            total_keys = jr.split(jr.fold_in(key, 0), -(-num_per_observation // num_choices))
-            totals = jax.vmap(lambda key: _total(certified, critic, o, key))(total_keys)
+            num_totals = max(2 if length == 1 else 1, -(-num_per_observation // num_choices))
+            totals = lax.map(
+                lambda key: _total(certified, critic, o, key),
+                jr.split(total_key, num_totals),
+                batch_size=max(1, 256 // num_choices),
+            )
         return results, totals
 
     rows_at_once = max(1, 256 // num_per_observation)
@@ -316,7 +332,8 @@ def _total(certified, critic, o, key) -> tuple[Scalar, Scalar]:
         moved = jnp.any(δ != 0)
         terms = jax.tree.map(lambda leaf: jnp.where(moved, leaf, jnp.zeros_like(leaf)), terms)
         value = critic_value(refined, critic, o, b + δ)
-        return terms, value, value - critic_value(flow, critic, o, b), b + δ
+        gain = jnp.where(moved, value - critic_value(flow, critic, o, b), 0)
+        return terms, value, gain, b + δ
 
     if not isinstance(certified, AbstractSelection):
         terms, _, gain, _ = of_one(key)
@@ -330,4 +347,8 @@ def _total(certified, critic, o, key) -> tuple[Scalar, Scalar]:
     # under π' its mean is the KL of the map, for which there is a better estimate.
     log_ratio = terms.kl - terms.stein
     total_kl = certified.kl(p) + jnp.mean(terms.kl) + jnp.sum(tilt * log_ratio)
-    return total_kl, jnp.mean(gains) + jnp.sum(tilt * values)
+    # Where the critic is not finite it can tell of no gain.
+    finite = jnp.isfinite(values)
+    chosen = jnp.sum(jnp.where(finite, p * values, 0))
+    before = jnp.where(finite, values, chosen)
+    return total_kl, jnp.mean(gains) + chosen - jnp.mean(before)

@@ -66,6 +66,14 @@ class AbstractRefinement(eqx.Module):
         """
 
 
+def check_critic(critic: Any) -> None:
+    if not callable(critic) or isinstance(critic, type):
+        raise ValueError(
+            "`critic` must be a function `critic(observation, action)` that returns a scalar, but "
+            f"got `{critic!r}`. Write `critic=lambda observation, action: ...`."
+        )
+
+
 def check_method(metric: Any, radius: Any, measure: Any) -> TransportKL:
     """Checks what all methods have in common, and settles how the KL is measured."""
     check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")

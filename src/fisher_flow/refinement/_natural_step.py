@@ -36,10 +36,11 @@ class NaturalStep(AbstractRefinement):
     the damping. Among the steps of one cost it is, to first order, the one that gains most.
 
     The step is then as long as the *measured* KL allows: $\eta$ starts from the length at which
-    the quadratic cost equals the radius, $\eta^2 = 2 \epsilon / \mathbb E[g^\top G^{-1} g]$, and is
-    shortened or lengthened until [`fisher_flow.TransportKL`][] equals it. Where neighbouring
-    actions would cross (a fold), the damping is raised fourfold up to three times, and if that
-    does not help the step is shortened.
+    the damped quadratic cost equals the radius,
+    $\eta^2 = 2 \epsilon / \mathbb E[g^\top (G + \lambda \bar g I)^{-1} g]$, and is shortened or
+    lengthened until [`fisher_flow.TransportKL`][] equals it. Where neighbouring actions would cross
+    (a fold), the damping is raised fourfold up to three times, and if that does not help the step
+    is shortened.
 
     Multiplying the critic by a positive constant, or adding one, changes nothing.
 
@@ -91,8 +92,7 @@ class NaturalStep(AbstractRefinement):
         - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
             the length of the step there.
         - `num_calibration`: with observations, the number of actions drawn to settle it once.
-        - `solver`: any Lineax solver for symmetric positive definite operators; for long action
-            chunks `lineax.CG(rtol=1e-4, atol=1e-4)`.
+        - `solver`: any Lineax solver for symmetric positive definite operators.
         - `measure`: how the KL is measured. By default with the score of the metric.
 
         **Raises:**

@@ -1,4 +1,3 @@
-import inspect
 from typing import Any
 
 import equinox as eqx
@@ -9,10 +8,10 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._custom_types import Critic
-from .._misc import batch_length, check_instance
+from .._misc import batch_length, check_equal_lengths, check_instance
 from ..flows import as_flow_policy
 from ..geometry import calibrate_score, PerturbedScore
-from ._method import AbstractRefinement
+from ._method import AbstractRefinement, check_critic
 from ._natural_step import NaturalStep
 from ._refined_policy import RefinedPolicy
 
@@ -91,11 +90,7 @@ def refine(
         ```
     """
     policy = as_flow_policy(policy)
-    if not callable(critic) or inspect.isclass(critic):
-        raise ValueError(
-            "`critic` must be a function `critic(observation, action)` that returns a scalar, but "
-            f"got `{critic!r}`. Write `refine(policy, lambda observation, action: ...)`."
-        )
+    check_critic(critic)
     check_instance("method", method, AbstractRefinement, "fisher_flow.NaturalStep()")
     if observations is None and actions is not None:
         raise ValueError(
@@ -105,6 +100,10 @@ def refine(
         )
     if key is None:
         key = jr.key(0)
+    # Arrays, so that another radius is no reason to compile again.
+    method = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, method)
+    if actions is not None:
+        check_equal_lengths(observations=observations, actions=actions)
     if observations is not None:
         batch_length("observations", observations)
         method = _calibrate(method, policy, observations, actions, jr.fold_in(key, 0))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Scalar, ScalarLike
 from .._custom_types import Critic
 from .._misc import check_at_least, check_instance, check_positive_integer
 from ..flows import AbstractPolicy
+from ._method import check_critic
 from ._selection import AbstractSelection
 
 
@@ -24,9 +25,10 @@ class Resample(AbstractSelection):
 
     $$\sum_i p_i \log(n p_i) = \epsilon .$$
 
-    The KL from `policy` is at most this radius $\epsilon$, for any `n` and any critic. For the
-    choice is a function of `n` independent actions and an index, which would be uniform without the
-    critic, and what a function of them loses cannot be more than what they have.
+    The KL from `policy` is at most this radius, for any `n` and any critic that is finite. For
+    the choice is a function of `n` independent actions and an index, which would be uniform
+    without the critic, and what a function of them loses cannot be more than what they have.
+    Actions at which the critic is not finite are left out, which costs more; `certify` measures it.
 
     Multiplying the critic by a positive constant, or adding one, changes nothing.
     """
@@ -49,17 +51,17 @@ class Resample(AbstractSelection):
 
         **Raises:**
 
-        - `ValueError` if an argument is not of its kind, or `n` is too small for the radius.
+        - `ValueError` if an argument is not of its kind, or the radius is too large for `n`.
         """
         check_instance("policy", policy, AbstractPolicy, "fisher_flow.refine(policy, critic)")
+        check_critic(critic)
         check_positive_integer("n", n, 32)
         check_at_least("radius", radius, 0, 0.5)
-        known = not isinstance(radius, jax.core.Tracer)
-        if known and (needed := math.exp(float(np.asarray(radius)))) >= n:
+        if not isinstance(radius, jax.core.Tracer) and not float(np.asarray(radius)) < math.log(n):
             raise ValueError(
-                "`n` must be above exp(radius), since a choice among n actions spends less than "
-                f"log(n) nats, but got n={n} with radius={radius}. Write "
-                f"`n={2 * math.ceil(needed)}`."
+                "`radius` must be below log(n), the most that a choice among n actions can spend, "
+                f"but got {radius} with n={n}. Write `radius={0.5 * math.log(n):.2g}`, or a larger "
+                "`n`."
             )
         self.policy = policy
         self.critic = critic
@@ -68,13 +70,13 @@ class Resample(AbstractSelection):
 
     def probabilities(self, values: Float[Array, " n"]) -> Float[Array, " n"]:
         finite = jnp.isfinite(values)
-        count = jnp.maximum(jnp.sum(finite, dtype=values.dtype), 1)
-        mean = jnp.sum(jnp.where(finite, values, 0)) / count
-        centred = jnp.where(finite, values - mean, 0)
-        deviation = jnp.sqrt(jnp.sum(centred**2) / count)
         # With no critic to go by, every action is as good as another.
         usable = finite | ~jnp.any(finite)
-        scaled = lax.stop_gradient(centred / jnp.where(deviation > 0, deviation, 1))
+        # From the best down, so that no digits are lost to one that is very bad.
+        below = jnp.where(finite, values - jnp.max(jnp.where(finite, values, -jnp.inf)), 0)
+        count = jnp.maximum(jnp.sum(finite, dtype=values.dtype), 1)
+        size = -jnp.sum(below) / count
+        scaled = lax.stop_gradient(below / jnp.where(size > 0, size, 1))
 
         def tilted(log_inverse_temperature):
             logits = jnp.where(usable, jnp.exp(log_inverse_temperature) * scaled, -jnp.inf)
@@ -84,12 +86,12 @@ class Resample(AbstractSelection):
             low, high = ends
             middle = 0.5 * (low + high)
             spent = self.kl(tilted(middle))
-            below = spent < jnp.asarray(self.radius, spent.dtype)
-            return jnp.where(below, middle, low), jnp.where(below, high, middle)
+            within = spent < jnp.asarray(self.radius, spent.dtype)
+            return jnp.where(within, middle, low), jnp.where(within, high, middle)
 
         # The lower end stays within the radius, and starts from a choice that is all but uniform.
-        ends = jnp.asarray(-12.0, values.dtype), jnp.asarray(8.0, values.dtype)
-        low, _ = lax.fori_loop(0, 40, halve, ends)
+        ends = jnp.asarray(-12.0, values.dtype), jnp.asarray(40.0, values.dtype)
+        low, _ = lax.fori_loop(0, 50, halve, ends)
         return tilted(low)
 
     def kl(self, probabilities: Float[Array, " n"]) -> Scalar:

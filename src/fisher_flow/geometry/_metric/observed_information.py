@@ -37,9 +37,9 @@ class ObservedInformation(AbstractMetric):
             the velocity as an action has entries.
         - `smoothing`: the width of the corner of the positive part
             $\tfrac12 (\lambda + \sqrt{\lambda^2 + \epsilon^2})$ of an eigenvalue, relative to the
-            information at the action: the root of the mean square of the eigenvalues, plus the
-            square of $\|s\|^2 / d$, which does not vanish where the curvature changes its sign.
-            Without it the metric has kinks, at which a transport map folds.
+            information at the action: $\epsilon$ is `smoothing` times the root of
+            $\overline{\lambda^2} + (\|s\|^2 / d)^2$, which does not vanish where the curvature
+            changes its sign. Without it the metric has kinks, at which a transport map folds.
         """
         check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
         check_at_least("smoothing", smoothing, 0, 0.1)
