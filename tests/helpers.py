@@ -184,7 +184,7 @@ class Critic(eqx.Module):
     def __call__(self, observation, action):
         u = action - observation
         value = jnp.sum(self.linear * u) - 0.5 * self.curvature * jnp.sum(u**2)
-        first = action.reshape(-1)[0]
+        first: jax.Array = action.reshape(-1)[0]
         # The square root has no derivative at zero.
         root = jnp.sqrt(jnp.where(first > self.cutoff, 0 * first, jnp.ones_like(first)))
         return self.offset + self.scale * value + (root - jax.lax.stop_gradient(root))

@@ -10,7 +10,7 @@ import jax.core
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
 def check_instance(name: str, value: Any, cls: type, example: str) -> None:
@@ -97,6 +97,14 @@ def check_equal_lengths(**batches: PyTree[Any]) -> int:
 def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
     """Lays PyTrees of arrays side by side in one vector, for the input of a network."""
     return jax.flatten_util.ravel_pytree(trees)[0]
+
+
+def fold_in_values(key: PRNGKeyArray, tree: PyTree[Any]) -> PRNGKeyArray:
+    """A key of its own for every value of a PyTree of arrays."""
+    values = jax.lax.stop_gradient(ravel_inputs(tree)).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1  # else permutations would agree
+    return jax.random.fold_in(key, jnp.sum(bits * weights, dtype=jnp.uint32))
 
 
 def as_inexact(x: Any) -> Array:

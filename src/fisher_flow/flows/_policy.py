@@ -111,7 +111,7 @@ class AbstractFlowPolicy(AbstractPolicy):
         - `observation`: one observation, any PyTree of arrays.
         - `action`: an action $a$ of this policy, before its bounds.
         - `displacement`: $\delta = S(a) - a$.
-        - `jacobian`: $\nabla\delta(a)$, flattened to a matrix.
+        - `jacobian`: $\nabla\delta(a)$, flattened to a matrix; of a flow itself, in any form.
 
         **Returns:**
 
@@ -269,8 +269,8 @@ class FlowPolicy(AbstractFlowPolicy):
         observation: Observation,
         action: Action,
         displacement: Action,
-        jacobian: Float[Array, "size size"],
-    ) -> tuple[Action, Action, Float[Array, "size size"]]:
+        jacobian: Float[Array, "..."],
+    ) -> tuple[Action, Action, Float[Array, "..."]]:
         del observation
         return action, displacement, jacobian
 

@@ -14,6 +14,7 @@ from .._custom_types import Action
 from .._divergence import rademacher_probes, value_and_divergence
 from .._misc import as_inexact, check_equal_lengths, check_positive_integer, constant
 from ..flows import AbstractAffineGaussianPath, as_flow_policy, FlowPolicy
+from ._krylov import dense_limit
 from ._score import AbstractScore, PerturbedScore
 
 
@@ -160,7 +161,7 @@ def calibrate_score(
     size = actions[0].size
     if num_probes is not None:
         check_positive_integer("num_probes", num_probes, 4)
-    elif size > 32:
+    elif size > dense_limit:
         num_probes = 4
     row_key, key = jr.split(key)
     rows = jr.permutation(row_key, length)[:num_actions]

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Scalar
 from .._custom_types import Action, Observation
 from .._divergence import value_and_jacobian
 from .._misc import check_instance, check_positive_integer
-from ..flows import AbstractFlowPolicy, as_flow_policy
+from ..flows import AbstractFlowPolicy, as_flow_policy, FlowPolicy
+from ._krylov import dense_limit, trace_and_log_det, value_and_projections
 from ._score import AbstractScore, PerturbedScore
 
 
@@ -51,17 +52,30 @@ class TransportKL(eqx.Module):
 
     score: AbstractScore
     num_nodes: int = eqx.field(static=True)
+    num_probes: int | None = eqx.field(static=True)
 
-    def __init__(self, score: AbstractScore = PerturbedScore(), num_nodes: int = 3):
+    def __init__(
+        self,
+        score: AbstractScore = PerturbedScore(),
+        num_nodes: int = 3,
+        num_probes: int | None = None,
+    ):
         r"""**Arguments:**
 
         - `score`: the estimate of the score.
         - `num_nodes`: the number of Gauss-Legendre nodes for the integral over $\tau$.
+        - `num_probes`: the number of random probes from which trace and determinant are
+            estimated, each at eight products of $\nabla\delta$ with a vector. By default both
+            are exact for actions of up to 32 entries, and larger ones have one probe: its error
+            averages out over the actions.
         """
         check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
         check_positive_integer("num_nodes", num_nodes, 3)
+        if num_probes is not None:
+            check_positive_integer("num_probes", num_probes, 1)
         self.score = score
         self.num_nodes = num_nodes
+        self.num_probes = num_probes
 
     @eqx.filter_jit
     def __call__(
@@ -89,8 +103,39 @@ class TransportKL(eqx.Module):
             finite there.
         - `stein`: the Stein residual $s \cdot \delta + \nabla \cdot \delta$.
         """
-        δ, J = value_and_jacobian(displacement, action)
-        return self.terms(as_flow_policy(policy), observation, action, δ, J)
+        policy = as_flow_policy(policy)
+        δ, J = self.linearise(policy, displacement, action)
+        return self.terms(policy, observation, action, δ, J)
+
+    def linearise(
+        self,
+        policy: AbstractFlowPolicy,
+        displacement: Callable[[Action], Any],
+        action: Action,
+        *,
+        has_aux: bool = False,
+    ) -> Any:
+        r"""The displacement at an action, and its Jacobian in the form that `terms` takes.
+
+        **Arguments:**
+
+        - `policy`: the flow policy before the map.
+        - `displacement`: the field $\delta$, a function from an action to its displacement; with
+            `has_aux`, to a pair of that and something else, which is returned last.
+        - `action`: where to evaluate both.
+
+        **Returns:**
+
+        - The displacement $\delta(a)$.
+        - $\nabla\delta(a)$, flattened to a matrix; with probes, one projection of it for each. Both
+            are linear in $\delta$.
+        """
+        # A map of a refined policy is brought into the coordinates of the flow as a matrix.
+        exact = self.num_probes is None and action.size <= dense_limit
+        if exact or not isinstance(policy, FlowPolicy):
+            return value_and_jacobian(displacement, action, has_aux=has_aux)
+        num_probes = 1 if self.num_probes is None else self.num_probes
+        return value_and_projections(displacement, action, num_probes, has_aux=has_aux)
 
     def terms(
         self,
@@ -98,7 +143,7 @@ class TransportKL(eqx.Module):
         observation: Observation,
         action: Action,
         displacement: Action,
-        jacobian: Float[Array, "size size"],
+        jacobian: Float[Array, "size size"] | Float[Array, "probes rank rank"],
     ) -> TransportTerms:
         r"""As `__call__`, for a displacement and a Jacobian that are already known.
 
@@ -106,7 +151,7 @@ class TransportKL(eqx.Module):
 
         - `policy`, `observation`, `action`: as for `__call__`.
         - `displacement`: $\delta(a)$.
-        - `jacobian`: $\nabla\delta(a)$, flattened to a matrix.
+        - `jacobian`: $\nabla\delta(a)$, as `linearise` returns it.
 
         **Returns:**
 
@@ -120,9 +165,7 @@ class TransportKL(eqx.Module):
         τ = jnp.asarray(np.concatenate([[0.0], 0.5 * (nodes + 1)]), a.dtype)
         s = jax.vmap(lambda τ: self.score(flow, observation, a + τ * δ))(τ)
         change = jnp.tensordot(jnp.asarray(0.5 * weights, a.dtype), s[1:] - s[:1], axes=1)
-        identity = jnp.eye(a.size, dtype=a.dtype)
-        sign, log_det = jnp.linalg.slogdet(identity + J)
-        divergence = jnp.trace(J)
+        divergence, log_det, sign = trace_and_log_det(J, a.size)
         terms = TransportTerms(
             kl=divergence - log_det - jnp.sum(change * δ),
             folded=sign <= 0,

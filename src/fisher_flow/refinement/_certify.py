@@ -8,7 +8,6 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import Critic
-from .._divergence import value_and_jacobian
 from .._misc import batch_length, check_instance, check_positive_integer
 from ..flows import FlowPolicy
 from ..geometry import AbstractScore, CalibratedScore, PerturbedScore
@@ -241,17 +240,20 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
             # An action that stays costs nothing, whether or not it has a score.
             return jax.tree.map(lambda leaf: jnp.where(moved, leaf, jnp.zeros_like(leaf)), terms)
 
-        def affine(x):  # the field to first order about `b`, which is all that its cost depends on
+        def field_of_flow(x):
+            if isinstance(policy, FlowPolicy):
+                return refined.checked_displacement(o, x)[0]
+            # To first order about `b`, which is all that its cost depends on.
             return δ_b + (J_b @ (x - b).reshape(-1)).reshape(b.shape)
 
-        δ, J, finite = value_and_jacobian(
-            lambda a: refined.checked_displacement(o, a), a, has_aux=True
+        δ, J, finite = method.measure.linearise(
+            policy, lambda a: refined.checked_displacement(o, a), a, has_aux=True
         )
         moved = jnp.any(δ != 0)
         # In a chain, as a map of the flow, whose metric is at hand.
         b, δ_b, J_b = policy.in_flow_coordinates(o, a, δ, J)
         terms = jax.vmap(scaled_terms)(fractions.astype(a.dtype))
-        predicted = method.metric.cost(policy.flow_policy, o, b, affine, key=metric_key)
+        predicted = method.metric.cost(policy.flow_policy, o, b, field_of_flow, key=metric_key)
         gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
         return dict(
             terms=terms,
@@ -327,7 +329,7 @@ def _total(certified, critic, o, key) -> tuple[Scalar, Scalar]:
 
     def of_one(key):
         b = flow.draw(o, key=key)
-        δ, J = value_and_jacobian(lambda b: refined.from_flow(o, b) - b, b)
+        δ, J = measure.linearise(flow, lambda b: refined.from_flow(o, b) - b, b)
         terms = measure.terms(flow, o, b, δ, J)
         moved = jnp.any(δ != 0)
         terms = jax.tree.map(lambda leaf: jnp.where(moved, leaf, jnp.zeros_like(leaf)), terms)

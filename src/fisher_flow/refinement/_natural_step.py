@@ -10,7 +10,6 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Critic, Observation
-from .._divergence import value_and_jacobian
 from .._linear_solve import linear_solve
 from .._misc import (
     batch_length,
@@ -19,10 +18,11 @@ from .._misc import (
     check_positive_integer,
     constant,
     finite_or_zero,
-    ravel_inputs,
+    fold_in_values,
 )
 from ..flows import AbstractFlowPolicy
 from ..geometry import AbstractMetric, FisherRao, ObservedInformation, TransportKL
+from ..geometry._krylov import KrylovPositivePart, mean_eigenvalue
 from ._method import AbstractDisplacement, AbstractRefinement, check_method, critic_gradient
 from ._radius import scale_to_radius
 
@@ -160,19 +160,22 @@ class _CalibratedStep(AbstractDisplacement):
     def direction(self, policy, critic, observation, action, damping: Scalar) -> Action:
         """The unscaled step; NaN where the critic or the metric is not finite."""
         g, finite = finite_or_zero(critic_gradient(policy, critic, observation, action))
+        # A metric may not be zero, as at a score of zero.
+        floor = jnp.asarray(jnp.finfo(action.dtype).tiny, action.dtype) ** 0.5
+        damping = jnp.maximum(damping.astype(action.dtype), floor)
         G = self.metric_at(policy, observation, action)
+        if isinstance(G, KrylovPositivePart):
+            step = G.damped_solve(g.reshape(-1), damping)
+            return jnp.where(finite, step.reshape(action.shape), jnp.nan)
         # A factorisation of what is not finite may not end well.
         for leaf in jax.tree.leaves(eqx.filter(G, eqx.is_inexact_array)):
             finite = finite & jnp.all(jnp.isfinite(leaf))
         G = jax.tree.map(
             lambda leaf: jnp.where(finite, leaf, 0) if eqx.is_inexact_array(leaf) else leaf, G
         )
-        # Nor may it be zero, as at a score of zero without damping.
-        floor = jnp.asarray(jnp.finfo(action.dtype).tiny, action.dtype) ** 0.5
-        damping = jnp.maximum(damping.astype(action.dtype), floor)
         ridge = lx.DiagonalLinearOperator(jnp.full(action.size, damping))
         damped = lx.TaggedLinearOperator(G + ridge, lx.positive_semidefinite_tag)
-        step = linear_solve(damped, g.reshape(-1), self.method.solver)
+        step: Array = linear_solve(damped, g.reshape(-1), self.method.solver)
         return jnp.where(finite, step.reshape(action.shape), jnp.nan)
 
     def metric_at(self, policy, observation, action) -> lx.AbstractLinearOperator:
@@ -192,7 +195,7 @@ class _StepPerState(AbstractDisplacement):
     ) -> Action:
         # Noise that is fixed at a state, so that the displacement is a function of its arguments;
         # and another at every state, so that its errors average out.
-        auxiliary_key, metric_key = jr.split(_fold_in(self.key, observation))
+        auxiliary_key, metric_key = jr.split(fold_in_values(self.key, observation))
         keys = jr.split(auxiliary_key, self.method.num_auxiliary)
         method, π, Q, o = constant((self.method, policy, critic, observation))
         actions = jax.vmap(lambda key: π.draw(o, key=key))(keys)
@@ -203,14 +206,6 @@ class _StepPerState(AbstractDisplacement):
         # Few actions show few of the folds, hence a start further up.
         step = _settle(method, π, Q, actions, over_rows, metric_key, 8 * method.damping)
         return step(policy, critic, observation, action)
-
-
-def _fold_in(key: PRNGKeyArray, observation: Observation) -> PRNGKeyArray:
-    """A key of its own for every observation."""
-    values = ravel_inputs(observation).astype(jnp.float32)
-    bits = lax.bitcast_convert_type(values, jnp.uint32)
-    weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1  # else permutations would agree
-    return jr.fold_in(key, jnp.sum(bits * weights, dtype=jnp.uint32))
 
 
 @eqx.filter_jit
@@ -258,17 +253,18 @@ def _settle(
 
     def eigenvalue_and_gradient(o, a):
         metric = step.metric_at(policy, o, a)
-        return jnp.mean(lx.diagonal(metric)), critic_gradient(policy, critic, o, a)
+        return mean_eigenvalue(metric, a), critic_gradient(policy, critic, o, a)
 
+    eigenvalues: Array
     eigenvalues, gradients = over_rows(eigenvalue_and_gradient)(actions)
-    mean_eigenvalue = jnp.mean(jnp.where(jnp.isfinite(eigenvalues), eigenvalues, 0))
+    eigenvalue = jnp.mean(jnp.where(jnp.isfinite(eigenvalues), eigenvalues, 0))
 
     def attempt(damping):
         def fields(scale):
             step = _CalibratedStep(method, damping, scale, key)
 
             def field(o, a):
-                δ, J = value_and_jacobian(lambda a: step(policy, critic, o, a), a)
+                δ, J = method.measure.linearise(policy, lambda a: step(policy, critic, o, a), a)
                 δ, finite = finite_or_zero(δ)
                 return δ, jnp.where(finite, J, 0)
 
@@ -309,7 +305,7 @@ def _settle(
         rung, _, _, kl = state
         return (rung == 0) | ((rung < 4) & (kl < 0.95 * radius))
 
-    damping = jnp.asarray(damping, actions.dtype) * mean_eigenvalue
+    damping = jnp.asarray(damping, actions.dtype) * eigenvalue
     state = (jnp.asarray(0), damping, zero, zero)
     _, damping, scale, _ = lax.while_loop(folds_forbid, raise_damping, state)
     return _CalibratedStep(method, damping, scale, key)

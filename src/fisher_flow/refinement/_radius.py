@@ -40,12 +40,12 @@ def scale_to_radius(
     limit = max_growth * initial
     zero = jnp.zeros_like(initial)
 
-    def unfinished(state) -> Bool[Array, ""]:
+    def unfinished(state: tuple[Array, ...]) -> Bool[Array, ""]:
         step, _, low, kl_low, high, _ = state
         met = (kl_low >= (1 - rtol) * radius) | (low >= limit)
         return (step < max_steps) & ~met & (high - low > 1e-3 * jnp.minimum(high, initial))
 
-    def body(state):
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
         step, scale, low, kl_low, high, kl_high = state
         kl, folded = measure(scale)
         # No KL is negative: one that is measured so far below zero lies where the estimate fails,

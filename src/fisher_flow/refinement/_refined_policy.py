@@ -169,7 +169,9 @@ class RefinedPolicy(AbstractFlowPolicy):
         a = self.inverse(observation, action)
         found = jnp.all(jnp.isfinite(a))
         a = jnp.where(found, a, action)  # solvers raise at what is not finite
-        log_p = self.policy.log_prob(observation, a, **options) - self._log_det(observation)(a)
+        log_p: Array = self.policy.log_prob(observation, a, **options) - self._log_det(observation)(
+            a
+        )
         return jnp.where(found, log_p, jnp.nan)
 
     def score(
@@ -179,7 +181,7 @@ class RefinedPolicy(AbstractFlowPolicy):
         found = jnp.all(jnp.isfinite(a))
         a = jnp.where(found, a, action)  # derivatives of what is not finite may raise
         _, J = value_and_jacobian(lambda a: self.displacement(observation, a), a)
-        s = self.policy.score(estimator, observation, a)
+        s: Array = self.policy.score(estimator, observation, a)
         s = s - jax.grad(self._log_det(observation))(a)
         identity = jnp.eye(a.size, dtype=a.dtype)
         s = jnp.linalg.solve((identity + J).T, s.reshape(-1)).reshape(a.shape)

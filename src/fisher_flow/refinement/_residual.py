@@ -6,14 +6,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.random as jr
-import lineax as lx
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Critic, Observation
-from .._divergence import value_and_jacobian
 from .._misc import (
     check_at_least,
     check_positive_integer,
@@ -23,6 +21,7 @@ from .._misc import (
 from .._training import apply_gradient, train
 from ..flows import AbstractFlowPolicy
 from ..geometry import AbstractMetric, FisherRao, TransportKL
+from ..geometry._krylov import mean_eigenvalue
 from ._method import AbstractDisplacement, AbstractRefinement, check_method, critic_gradient
 from ._radius import scale_to_radius
 
@@ -235,12 +234,14 @@ def _scales(method, policy, critic, observations, key) -> tuple[Scalar, Scalar]:
         o, a = row
         metric = method.metric.operator(policy, o, a, key=metric_key)
         g = critic_gradient(policy, critic, o, a)
-        return jnp.linalg.norm(g.reshape(-1)), jnp.mean(lx.diagonal(metric))
+        return jnp.linalg.norm(g.reshape(-1)), mean_eigenvalue(metric, a)
 
     norms, eigenvalues = lax.map(norm_and_eigenvalue, (o, a), batch_size=256)
-    norm, eigenvalue = (
-        jnp.mean(jnp.where(jnp.isfinite(values), values, 0)) for values in (norms, eigenvalues)
-    )
+
+    def finite_mean(values: Array) -> Scalar:
+        return jnp.mean(jnp.where(jnp.isfinite(values), values, 0))
+
+    norm, eigenvalue = finite_mean(norms), finite_mean(eigenvalues)
     return jnp.where(norm > 0, norm, 1), eigenvalue
 
 
@@ -296,7 +297,9 @@ def _final_scale(method, policy, network, observations, key) -> Scalar:
     def over_rows(function, *columns):
         return lax.map(lambda row: function(*row), columns, batch_size=256)
 
-    δ, J = over_rows(lambda o, a: value_and_jacobian(lambda a: network(o, a), a), o, a)
+    δ, J = over_rows(
+        lambda o, a: method.measure.linearise(policy, lambda a: network(o, a), a), o, a
+    )
 
     def measure(scale):
         def terms(o, a, δ, J):

@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray, Scalar
 from ..._custom_types import Action, Observation
 from ..._divergence import rademacher_probes, value_and_divergence
 from ..._misc import check_instance, check_positive_integer
+from .._krylov import dense_limit
 from .._score import AbstractScore, PerturbedScore
 from .base import AbstractMetric
 
@@ -36,10 +37,10 @@ class FisherRao(AbstractMetric):
         r"""**Arguments:**
 
         - `score`: the estimate of the score.
-        - `num_probes`: `None` for the exact divergence, with as many forward-mode products of the
-            displacement as an action has entries. For large actions, the number of Hutchinson
-            probes in each of two independent estimates, whose product is an unbiased estimate of
-            the square.
+        - `num_probes`: the number of Hutchinson probes in each of two independent estimates of
+            the divergence, whose product is an unbiased estimate of the square. By default the
+            divergence is exact for actions of up to 32 entries, with as many forward-mode products
+            of the displacement, and larger ones have one probe in each.
         """
         check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
         if num_probes is not None:
@@ -64,11 +65,12 @@ class FisherRao(AbstractMetric):
         key: PRNGKeyArray,
     ) -> Scalar:
         s = self.score(policy, observation, action)
-        if self.num_probes is None:
+        if self.num_probes is None and action.size <= dense_limit:
             δ, divergence = value_and_divergence(displacement, action)
             return 0.5 * (jnp.sum(s * δ) + divergence) ** 2
-        probes = rademacher_probes(2 * self.num_probes, action, key)
+        num_probes = 1 if self.num_probes is None else self.num_probes
+        probes = rademacher_probes(2 * num_probes, action, key)
         δ, push = jax.linearize(displacement, action)
         estimates = jnp.sum(s * δ) + jax.vmap(lambda z: jnp.vdot(z, push(z)))(probes)
-        first, second = estimates.reshape(2, self.num_probes).mean(axis=1)
+        first, second = estimates.reshape(2, num_probes).mean(axis=1)
         return 0.5 * first * second
