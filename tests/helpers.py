@@ -89,7 +89,7 @@ class Mixture(eqx.Module):
             α * self.means, α**2 * self.covariances + σ**2 * identity[None], self.weights
         )
 
-    def velocity(self, path=ff.LinearPath()):
+    def velocity(self, path: ff.AbstractAffineGaussianPath = ff.LinearPath()):
         return ff.GaussianMixtureVelocity(self.means, self.covariances, self.weights, path=path)
 
     def policy(self, path=ff.LinearPath(), **options):

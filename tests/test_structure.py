@@ -30,7 +30,8 @@ may_import = {
     "geometry": {"flows"},
     "refinement": {"flows", "geometry"},
     "values": set(),
-    "evaluation": set(),
+    "acting": set(),
+    "evaluation": {"acting"},
 }
 
 

@@ -1,11 +1,13 @@
 """Refines flow-matching policies by a critic, within a KL measured from their own velocity."""
 
+from .acting import Actor as Actor, export_sampler as export_sampler
 from .evaluation import evaluate as evaluate
 from .flows import (
     AbstractAffineGaussianPath as AbstractAffineGaussianPath,
     AbstractFlowPolicy as AbstractFlowPolicy,
     AbstractPolicy as AbstractPolicy,
     AbstractPrediction as AbstractPrediction,
+    BatchedVelocity as BatchedVelocity,
     check_convention as check_convention,
     CosinePath as CosinePath,
     DataPrediction as DataPrediction,
@@ -18,6 +20,7 @@ from .flows import (
     ReversedTime as ReversedTime,
     ReversedVelocity as ReversedVelocity,
     ScorePrediction as ScorePrediction,
+    TanhBounds as TanhBounds,
     VariancePreservingPath as VariancePreservingPath,
     VelocityMLP as VelocityMLP,
     VPrediction as VPrediction,
@@ -50,4 +53,10 @@ from .refinement import (
     Resample as Resample,
     Residual as Residual,
 )
-from .values import fit_critic as fit_critic, QEnsemble as QEnsemble
+from .values import (
+    CategoricalCritic as CategoricalCritic,
+    Ensemble as Ensemble,
+    fit_critic as fit_critic,
+    LowerConfidenceBound as LowerConfidenceBound,
+    QEnsemble as QEnsemble,
+)

@@ -1,25 +1,17 @@
-from typing import Any, Protocol, runtime_checkable, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 
 from .._misc import check_positive_integer
+from ..acting import Actor
 
 
 if TYPE_CHECKING:
     import gymnasium
 
 
-@runtime_checkable
-class _Samples(Protocol):
-    def sample(self, observation: Any, *, key: Any) -> Any: ...
-
-
 def evaluate(
-    policy: _Samples,
+    policy: Any,
     envs: "gymnasium.vector.VectorEnv",
     *,
     seed: int = 0,
@@ -46,8 +38,8 @@ def evaluate(
 
     **Arguments:**
 
-    - `policy`: any policy: an object with `sample(observation, key=key)` for one observation. All
-        environments are acted in by one batch.
+    - `policy`: any policy, as for [`fisher_flow.Actor`][]. All environments are acted in by one
+        batch.
     - `envs`: the environments, one episode each.
 
     **Other arguments:**
@@ -65,29 +57,19 @@ def evaluate(
     - `RuntimeError` if an episode does not end within `max_steps`.
     """
     check_positive_integer("max_steps", max_steps, 100_000)
+    actor = Actor(policy, envs, seed=seed)
     observations, _ = envs.reset(seed=seed)
-    key = jr.key(seed)
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, bool)
-    for step in range(max_steps):
-        actions = _act(policy, observations, key, jnp.asarray(step))
-        observations, rewards, terminated, truncated, _ = envs.step(np.asarray(actions))
+    for _ in range(max_steps):
+        observations, rewards, terminated, truncated, _ = envs.step(actor(observations))
         returns += np.where(running, rewards, 0)
-        running &= ~(terminated | truncated)
+        done = terminated | truncated
+        actor.reset(done)
+        running &= ~done
         if not running.any():
             return returns
     raise RuntimeError(
         f"{running.sum()} of {envs.num_envs} episodes did not end within `max_steps={max_steps}`. "
         'Give the environment a time limit: `gymnasium.make("Pendulum-v1", max_episode_steps=200)`.'
     )
-
-
-@eqx.filter_jit
-def _act(policy, observations, key, step):
-    observations = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.result_type(float)) if leaf.dtype == jnp.float64 else leaf,
-        observations,
-    )
-    (num_envs,) = {leaf.shape[0] for leaf in jax.tree.leaves(observations)}
-    keys = jr.split(jr.fold_in(key, step), num_envs)
-    return jax.vmap(lambda o, key: policy.sample(o, key=key))(observations, keys)

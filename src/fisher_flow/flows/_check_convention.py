@@ -58,11 +58,7 @@ def check_convention(
     check_instance("policy", policy, FlowPolicy, "fisher_flow.FlowPolicy(velocity, action_shape)")
     check_equal_lengths(observations=observations, actions=actions)
     declared, network, own_path = _declared(policy)
-    candidates = _candidates(network, own_path)
-    losses = {
-        name: _losses(field, path, observations, actions, key)
-        for name, (field, path) in candidates.items()
-    }
+    losses = _losses(network, own_path, observations, actions, key)
     errors = {name: float(jnp.mean(loss)) for name, loss in losses.items()}
     errors = {name: error for name, error in errors.items() if error == error}  # not NaN
     errors = dict(sorted(errors.items(), key=lambda item: item[1]))
@@ -103,34 +99,39 @@ def _name(kind: str, reverse: bool, path: AbstractAffineGaussianPath) -> str:
     return f"{field}, path={path_name}"
 
 
-def _candidates(network, own_path) -> dict[str, tuple[Any, AbstractAffineGaussianPath]]:
+@eqx.filter_jit
+def _losses(network, own_path, observations, actions, key) -> dict[str, Float[Array, " batch"]]:
+    """Of every declaration, the squared error at each action, over four sizes of noise and
+    relative to the variance."""
     others = [LinearPath(), CosinePath(), VariancePreservingPath()]
     paths = [own_path, *(path for path in others if type(path) is not type(own_path))]
-    candidates = {}
-    for path, reverse in itertools.product(paths, (False, True)):
-        velocity = ReversedVelocity(network) if reverse else network
-        candidates[_name("velocity", reverse, path)] = velocity, path
-        turned = ReversedTime(network) if reverse else network
-        for kind in NoisePrediction, DataPrediction, VPrediction, ScorePrediction:
-            candidates[_name(kind.__name__, reverse, path)] = kind(turned, path), path
-    return candidates
-
-
-@eqx.filter_jit
-def _losses(field, path, observations, actions, key) -> Float[Array, " batch"]:
-    """The squared error at each action, over four sizes of noise and relative to the variance."""
+    kinds = NoisePrediction, DataPrediction, VPrediction, ScorePrediction
     deviation = jnp.sqrt(jnp.mean(jnp.var(actions, axis=0)))
     ratios = deviation * jnp.asarray([0.25, 0.5, 1.0, 2.0], actions.dtype)
 
-    def loss(o, a, z):
-        def at(ratio):
-            t = path.time_at_noise_ratio(ratio)
-            α, σ, α_dot, σ_dot = path.schedule(t)
-            x = α * a + σ * z
-            # v = α̇ x₁ + σ̇ x₀ and x = α x₁ + σ x₀, solved for x₁
-            denoised = (σ * field(t, x, o) - σ_dot * x) / (σ * α_dot - α * σ_dot)
-            return jnp.sum((denoised - a) ** 2) / a.size
+    def errors(path, reverse, ratio, o, a, z):
+        t = path.time_at_noise_ratio(ratio)
+        α, σ, α_dot, σ_dot = path.schedule(t)
+        x = α * a + σ * z
+        # The network is evaluated once, whatever its output stands for.
+        output = network(1 - t if reverse else t, x, o)
+        velocities = {"velocity": -output if reverse else output}
+        for kind in kinds:
+            velocities[kind.__name__] = kind(lambda t, x, o: output, path)(t, x, o)
+        # v = α̇ x₁ + σ̇ x₀ and x = α x₁ + σ x₀, solved for x₁
+        denoised = {
+            kind: (σ * v - σ_dot * x) / (σ * α_dot - α * σ_dot) for kind, v in velocities.items()
+        }
+        return {
+            _name(kind, reverse, path): jnp.sum((x1 - a) ** 2) / a.size / deviation**2
+            for kind, x1 in denoised.items()
+        }
 
-        return jnp.mean(jax.vmap(at)(ratios)) / deviation**2
+    def losses(o, a, z):
+        found = {}
+        for path, reverse in itertools.product(paths, (False, True)):
+            at = lambda ratio, path=path, reverse=reverse: errors(path, reverse, ratio, o, a, z)
+            found |= jax.tree.map(jnp.mean, jax.vmap(at)(ratios))
+        return found
 
-    return jax.vmap(loss)(observations, actions, jr.normal(key, actions.shape, actions.dtype))
+    return jax.vmap(losses)(observations, actions, jr.normal(key, actions.shape, actions.dtype))

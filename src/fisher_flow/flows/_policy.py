@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 from .._custom_types import Action, Observation
 from .._divergence import rademacher_probes, value_and_divergence
 from .._misc import as_inexact, check_instance, check_positive_integer
+from ._bounds import checked_bounds, clip, TanhBounds
+from ._even_steps import EvenSteps
+from ._foreign import check_inference
 from ._path import AbstractAffineGaussianPath, LinearPath
 
 
@@ -25,7 +28,7 @@ class AbstractPolicy(eqx.Module):
     """
 
     action_shape: AbstractVar[tuple[int, ...]]
-    bounds: AbstractVar[tuple[Any, Any] | None]
+    bounds: AbstractVar[tuple[Any, Any] | TanhBounds | None]
 
     @abc.abstractmethod
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
@@ -61,11 +64,13 @@ class AbstractPolicy(eqx.Module):
         return self.project(self.draw(observation, key=key))
 
     def project(self, action: Action) -> Action:
-        """Clips `action` to the bounds; returns it untouched if there are none."""
+        """Holds `action` to the bounds: clips it, or squashes it by [`fisher_flow.TanhBounds`][].
+        Without bounds it is returned untouched."""
         if self.bounds is None:
             return action
-        low, high = (jnp.asarray(bound, action.dtype) for bound in self.bounds)
-        return jnp.clip(action, low, high)
+        if isinstance(self.bounds, TanhBounds):
+            return self.bounds.project(action)
+        return clip(self.bounds, action)
 
 
 class AbstractFlowPolicy(AbstractPolicy):
@@ -185,7 +190,7 @@ class FlowPolicy(AbstractFlowPolicy):
     stepsize_controller: diffrax.AbstractStepSizeController
     adjoint: diffrax.AbstractAdjoint
     max_steps: int = eqx.field(static=True)
-    bounds: tuple[Any, Any] | None = eqx.field(static=True)
+    bounds: tuple[Any, Any] | TanhBounds | None = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
     def __init__(
@@ -199,7 +204,7 @@ class FlowPolicy(AbstractFlowPolicy):
         stepsize_controller: diffrax.AbstractStepSizeController = diffrax.ConstantStepSize(),
         adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),
         max_steps: int = 4096,
-        bounds: tuple[Any, Any] | None = None,
+        bounds: Any = None,
         dtype: Any = None,
     ):
         """**Arguments:**
@@ -218,8 +223,9 @@ class FlowPolicy(AbstractFlowPolicy):
         - `adjoint`: how Diffrax differentiates through `sample`. The default supports reverse
             mode; for forward mode pass `diffrax.ForwardMode()`.
         - `max_steps`: the number of steps after which an adaptive solve gives up with an error.
-        - `bounds`: `None`, or `(low, high)`, each a number or an array of shape `action_shape`.
-            Samples are clipped to it.
+        - `bounds`: `None`, or `(low, high)`, each a number or an array of shape `action_shape`, or
+            the `Box` of a Gymnasium environment: samples are clipped to it. Or a
+            [`fisher_flow.TanhBounds`][]: the flow is one of unbounded variables.
         - `dtype`: the dtype of the actions. By default that of the arrays in `velocity`, else that
             of the observation, else JAX's default.
 
@@ -232,6 +238,7 @@ class FlowPolicy(AbstractFlowPolicy):
                 "`velocity` must be a function `velocity(t, x, observation)`, but got "
                 f"`{velocity!r}`. Write `FlowPolicy(lambda t, x, observation: ..., action_shape)`."
             )
+        check_inference("velocity", velocity)
         check_instance("path", path, AbstractAffineGaussianPath, "fisher_flow.LinearPath()")
         check_instance("solver", solver, diffrax.AbstractSolver, "diffrax.Euler()")
         check_instance(
@@ -253,7 +260,7 @@ class FlowPolicy(AbstractFlowPolicy):
         self.stepsize_controller = stepsize_controller
         self.adjoint = adjoint
         self.max_steps = max_steps
-        self.bounds = _checked_bounds(bounds, self.action_shape)
+        self.bounds = checked_bounds(bounds, self.action_shape)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
 
     @property
@@ -438,11 +445,13 @@ class FlowPolicy(AbstractFlowPolicy):
         if isinstance(stepsize_controller, diffrax.ConstantStepSize):
             # Rounded steps may leave a sliver at the end; stepping to given times cannot.
             ts = jnp.linspace(t0, t1, self.num_steps + 1, dtype=dtype)
-            stepsize_controller, dt0 = diffrax.StepTo(ts=ts), None
+            stepsize_controller, dt0 = EvenSteps(ts), None
             max_steps = self.num_steps
+            throw = False  # these steps always arrive
         else:
             dt0 = jnp.asarray(direction / self.num_steps, dtype)
             max_steps = self.max_steps
+            throw = True
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(vector_field),
             solver,
@@ -453,6 +462,7 @@ class FlowPolicy(AbstractFlowPolicy):
             stepsize_controller=stepsize_controller,
             adjoint=self.adjoint,
             max_steps=max_steps,
+            throw=throw,
         )
         assert solution.ys is not None
         return jax.tree.map(lambda leaf: leaf[0], solution.ys)
@@ -471,33 +481,6 @@ def checked_shape(action_shape: Any) -> tuple[int, ...]:
             f"`{action_shape!r}`. Write `action_shape={example}`."
         )
     return shape
-
-
-def _checked_bounds(bounds: Any, action_shape: tuple[int, ...]) -> tuple[Any, Any] | None:
-    """Bounds as nested tuples: constants that no optimiser will take for parameters."""
-    if bounds is None:
-        return None
-    try:
-        low, high = (np.broadcast_to(np.asarray(bound, float), action_shape) for bound in bounds)
-    except (TypeError, ValueError):
-        raise ValueError(
-            "`bounds` must be `None` or a pair `(low, high)` of numbers or arrays of shape "
-            f"{action_shape}, but got `{bounds!r}`. Write `bounds=(-1.0, 1.0)`."
-        ) from None
-    if not np.all(low < high):
-        raise ValueError(
-            f"`bounds` must have `low` below `high` everywhere, but got `low={low.tolist()}` and "
-            f"`high={high.tolist()}`. Write `bounds=(low, high)`, the lower bound first: for "
-            f"example `bounds=({float(np.min([low, high]))}, {float(np.max([low, high]))})`."
-        )
-    return _as_tuples(bounds[0]), _as_tuples(bounds[1])
-
-
-def _as_tuples(bound: Any) -> Any:
-    def convert(values):
-        return tuple(map(convert, values)) if isinstance(values, list) else values
-
-    return convert(np.asarray(bound, float).tolist())
 
 
 def as_flow_policy(policy: Any) -> AbstractFlowPolicy:

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Critic, Observation
 from .._misc import check_at_least, check_instance
-from ..flows import AbstractFlowPolicy, AbstractPolicy
+from ..flows import AbstractFlowPolicy, AbstractPolicy, TanhBounds
 from ..geometry import AbstractMetric, TransportKL
 
 
@@ -99,7 +99,10 @@ def critic_gradient(
 
     It is not multiplied by the derivative of the clipping. Actions beyond a bound are thereby
     pushed back just as those at the bound are, and the field of displacements stays continuous.
+    Squashing is smooth and one-to-one, so there the chain rule holds.
     """
+    if isinstance(policy.bounds, TanhBounds):
+        return jax.grad(lambda a: critic_value(policy, critic, observation, a))(action)
     executed = policy.project(action)
     return jax.grad(lambda a: _scalar_value(critic, observation, a))(executed)
 

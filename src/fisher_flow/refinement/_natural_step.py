@@ -173,8 +173,12 @@ class _CalibratedStep(AbstractDisplacement):
         G = jax.tree.map(
             lambda leaf: jnp.where(finite, leaf, 0) if eqx.is_inexact_array(leaf) else leaf, G
         )
-        ridge = lx.DiagonalLinearOperator(jnp.full(action.size, damping))
-        damped = lx.TaggedLinearOperator(G + ridge, lx.positive_semidefinite_tag)
+        if isinstance(G, lx.MatrixLinearOperator):  # a sum of two kinds cannot be sharded
+            ridge = damping * jnp.eye(action.size, dtype=action.dtype)
+            damped = lx.MatrixLinearOperator(G.as_matrix() + ridge, lx.positive_semidefinite_tag)
+        else:
+            ridge = lx.DiagonalLinearOperator(jnp.full(action.size, damping))
+            damped = lx.TaggedLinearOperator(G + ridge, lx.positive_semidefinite_tag)
         step: Array = linear_solve(damped, g.reshape(-1), self.method.solver)
         return jnp.where(finite, step.reshape(action.shape), jnp.nan)
 

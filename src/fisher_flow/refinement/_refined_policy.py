@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from .._custom_types import Action, Critic, Observation
 from .._divergence import value_and_jacobian
 from .._misc import as_inexact, finite_or_zero
-from ..flows import AbstractFlowPolicy, FlowPolicy
+from ..flows import AbstractFlowPolicy, FlowPolicy, TanhBounds
 from ._method import AbstractDisplacement, AbstractRefinement, critic_gradient
 
 
@@ -58,7 +58,7 @@ class RefinedPolicy(AbstractFlowPolicy):
         return self.policy.action_shape
 
     @property
-    def bounds(self) -> tuple[Any, Any] | None:
+    def bounds(self) -> tuple[Any, Any] | TanhBounds | None:
         return self.policy.bounds
 
     @property

@@ -8,7 +8,7 @@ from equinox import AbstractVar
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 from .._custom_types import Action, Critic, Observation
-from ..flows import AbstractPolicy
+from ..flows import AbstractPolicy, TanhBounds
 from ._method import critic_value
 
 
@@ -56,7 +56,7 @@ class AbstractSelection(AbstractPolicy):
         return self.policy.action_shape
 
     @property
-    def bounds(self) -> tuple[Any, Any] | None:
+    def bounds(self) -> tuple[Any, Any] | TanhBounds | None:
         return self.policy.bounds
 
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:

@@ -1,1 +1,3 @@
+from ._aggregate import Ensemble as Ensemble, LowerConfidenceBound as LowerConfidenceBound
+from ._categorical import CategoricalCritic as CategoricalCritic
 from ._critic import fit_critic as fit_critic, QEnsemble as QEnsemble

@@ -1,0 +1,52 @@
+"""The examples of composition, at a small size and as their reader would run them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+examples = Path(__file__).parent.parent / "examples"
+
+
+def run(name, arguments):
+    code = f"import {name}; {name}.main({arguments})"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=examples,
+        env=os.environ | {"JAX_ENABLE_X64": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def number(text, label):
+    match = re.search(rf"^{re.escape(label)}\s+(\S+) ±", text, re.MULTILINE)
+    assert match is not None, text
+    return float(match[1])
+
+
+@pytest.mark.parametrize(
+    "name, num_updates", [("flax_policy", 3000), ("diffusion_policy", 2000), ("chunk_policy", 300)]
+)
+def test_foreign_policies_are_refined_within_the_radius(name, num_updates):
+    printed = run(name, f"num_updates={num_updates}")
+    assert abs(number(printed, "measured KL (nats)") - 0.3) < 0.05
+    assert number(printed, "gain in Q") > 0.03
+
+
+def test_a_loop_on_device_with_an_environment():
+    printed = run("jax_environment", "num_updates=3000")
+    assert number(printed, "refined    return") > number(printed, "behaviour  return") + 100
+
+
+def test_a_training_step_of_rlax_and_optax():
+    printed = run("rlax_training", "num_updates=60")
+    gains = [float(x) for x in re.findall(r"gain in reward.*: +(\S+)", printed)]
+    assert gains[1] > 0.3
