@@ -78,11 +78,20 @@ def test_chunks_are_executed_in_order(num_executed):
     assert len(np.unique(actions[:, 1])) == 6 // length
 
 
-def test_an_episode_that_ends_forgets_its_chunk():
-    actor = ff.Actor(Chunks(3, (2,)), vector(2))
+@pytest.mark.parametrize("mode", list(gymnasium.vector.AutoresetMode))
+def test_an_episode_that_ends_forgets_its_chunk(mode):
+    envs = gymnasium.vector.SyncVectorEnv([Box] * 2, autoreset_mode=mode)
+    actor = ff.Actor(Chunks(4, (2,)), envs)
     o = np.zeros((2, 3))
     before = actor(o)
     actor.reset(np.array([False, True]))
+    if mode is gymnasium.vector.AutoresetMode.NEXT_STEP:
+        # The environment ignores this action: the next one is the first of the new episode.
+        actor(o)
+        after = actor(o)
+        assert np.allclose(after[:, 0], [0.2, 0.0])
+        assert after[0, 1] == before[0, 1] and after[1, 1] != before[1, 1]
+        return
     after = actor(o)
     assert np.allclose(after[:, 0], [0.1, 0.0])
     assert after[0, 1] == before[0, 1] and after[1, 1] != before[1, 1]

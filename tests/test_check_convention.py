@@ -103,3 +103,24 @@ def test_a_path_of_the_user_is_among_the_candidates():
     )
     errors = check(ff.FlowPolicy(velocity, (2,), path=Own()))
     assert next(iter(errors)) == "network, path=Own()" and len(errors) == 40
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_learned_networks_are_told_apart_too():
+    # Learned along the linear path, so imperfect: the declarations still differ by far more.
+    noise = np.asarray(jr.normal(jr.key(2), (4096, 2)))
+    data = jnp.asarray(mean + np.sqrt(variance) * noise, jnp.float32)
+    observations = jnp.zeros((4096, 1), jnp.float32)
+    network = ff.VelocityMLP(1, (2,), width_size=64, depth=2, dtype=jnp.float32, key=jr.key(3))
+    policy = ff.fit_flow(
+        ff.FlowPolicy(network, (2,)), observations, data, num_updates=1500, progress=False,
+        key=jr.key(4),
+    )  # fmt: skip
+    network = policy.velocity_field
+    held_out = jnp.asarray(actions, jnp.float32)
+    check = lambda policy: ff.check_convention(policy, observations[:512], held_out, key=jr.key(5))
+    assert next(iter(check(policy))) == "network, path=LinearPath()"
+    for path, kind, reverse in everything:
+        if (type(path), kind, reverse) != (ff.LinearPath, None, 0):
+            with pytest.raises(ValueError, match=r"Write `FlowPolicy\(network, path=LinearPath"):
+                check(policy_of(network, path, kind, reverse))

@@ -97,6 +97,9 @@ class Actor:
             )
         self._key = jr.key(seed)
         self._step = 0
+        # A vector environment that resets at the next step ignores the action of that step.
+        mode = (getattr(env, "metadata", None) or {}).get("autoreset_mode")
+        self._num_ignored = int(getattr(mode, "name", None) == "NEXT_STEP")
         num_envs = 1 if self.num_envs is None else self.num_envs
         self._age = np.full(num_envs, self.num_executed)
         self._chunks: np.ndarray | None = None
@@ -108,7 +111,7 @@ class Actor:
 
         - `done`: whether it has, one boolean for each environment of a vector.
         """
-        self._age = np.where(done, self.num_executed, self._age)
+        self._age = np.where(done, self.num_executed - self._num_ignored, self._age)
 
     def __call__(self, observation: Any) -> np.ndarray:
         """The action to take, in the dtype of the action space and within its bounds.
