@@ -14,7 +14,7 @@ import fisher_flow
 env, parameters = gymnax.make("Pendulum-v1")
 
 
-def play_episodes(act, key, num_episodes=256):
+def play_episodes(act, key, num_episodes):
     """Plays episodes at once, each by `act(observation, key=key)`; returns their transitions."""
 
     def step(carry, key):
@@ -44,9 +44,9 @@ def behaviour(observation, *, key):
     return jnp.clip(action + size * jr.normal(noise_key), -2, 2)[None]
 
 
-def main(num_updates=3000):
+def main(num_updates=3000, num_episodes=256):
     data_key, flow_key, critic_key, train_key, play_key = jr.split(jr.key(0), 5)
-    data = jax.jit(lambda key: play_episodes(behaviour, key))(data_key)
+    data = jax.jit(lambda key: play_episodes(behaviour, key, num_episodes))(data_key)
     observations, actions, rewards, next_observations = data
     next_actions = jnp.roll(actions, -1, axis=1)
     # The last transition of an episode has no next action.
@@ -77,7 +77,9 @@ def main(num_updates=3000):
     refined = fisher_flow.refine(policy, critic, method, observations=observations)
 
     for name, played in (("behaviour", policy), ("refined", refined)):
-        play = jax.jit(lambda key, act=played.sample: play_episodes(act, key)[2].sum(axis=1))
+        play = jax.jit(
+            lambda key, act=played.sample: play_episodes(act, key, num_episodes)[2].sum(axis=1)
+        )
         returns = play(play_key)
         error = returns.std() / len(returns) ** 0.5
         print(f"{name:10} return {returns.mean():8.1f} ± {error:.1f}")

@@ -42,7 +42,7 @@ def test_foreign_policies_are_refined_within_the_radius(name, num_updates):
 
 
 def test_a_loop_on_device_with_an_environment():
-    printed = run("jax_environment", "num_updates=3000")
+    printed = run("jax_environment", "num_updates=2000, num_episodes=64")
     assert number(printed, "refined    return") > number(printed, "behaviour  return") + 100
 
 

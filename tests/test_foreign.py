@@ -244,17 +244,18 @@ def critic_parameters():
 
 def test_inside_jit_and_vmap(critic_parameters):
     observations, keys = jr.normal(jr.key(1), (4, 2), jnp.float32), jr.split(jr.key(2), 4)
+    alone = jax.jit(refined_sample)
     one_by_one = [
-        refined_sample(critic_parameters, o, key) for o, key in zip(observations, keys, strict=True)
+        alone(critic_parameters, o, key) for o, key in zip(observations, keys, strict=True)
     ]
     batch = jax.jit(jax.vmap(refined_sample, in_axes=(None, 0, 0)))
     together = batch(critic_parameters, observations, keys)
     assert np.allclose(together, jnp.stack(one_by_one), atol=1e-5)
     # and over an ensemble of critics
     ensemble = jax.vmap(lambda key: linen_critic.init(key, jnp.zeros(4, jnp.float32)))(keys)
-    several = jax.vmap(refined_sample)(ensemble, observations, keys)
-    alone = jax.tree.map(lambda leaf: leaf[2], ensemble)
-    assert np.allclose(several[2], refined_sample(alone, observations[2], keys[2]), atol=1e-5)
+    several = jax.jit(jax.vmap(refined_sample))(ensemble, observations, keys)
+    third = jax.tree.map(lambda leaf: leaf[2], ensemble)
+    assert np.allclose(several[2], alone(third, observations[2], keys[2]), atol=1e-5)
 
 
 def test_inside_a_scan_with_optax(critic_parameters):
