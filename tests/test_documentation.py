@@ -49,7 +49,9 @@ def test_python_blocks(page, tmp_path):
     result = subprocess.run(
         [sys.executable, page.name],
         cwd=tmp_path,
-        env=os.environ | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg"},
+        # Compiling takes most of the time.
+        env=os.environ
+        | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

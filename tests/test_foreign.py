@@ -186,9 +186,11 @@ def test_networks_in_training_mode_are_refused(framework):
     equinox = Velocity(eqx.nn.Dropout(0.5))
     model = NNX(dropout=0.5)
     training = equinox if framework == "Equinox" else model
-    hint = "inference_mode" if framework == "Equinox" else r"velocity.eval\(\)"
+    hint = "inference_mode" if framework == "Equinox" else r"model.eval\(\)"
     with pytest.raises(ValueError, match=f"`velocity` has a `Dropout` layer in training.*{hint}"):
         ff.FlowPolicy(training, (2,))
+    with pytest.raises(ValueError, match="in training mode"):
+        ff.FlowPolicy(ff.BatchedVelocity(training), (2,))  # however deep it lies
     if framework == "Equinox":
         ff.FlowPolicy(eqx.nn.inference_mode(equinox), (2,))
     else:

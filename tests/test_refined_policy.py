@@ -12,6 +12,10 @@ from helpers import bimodal_1d, Critic, dtypes, natural_step, shifted_policy, wi
 import fisher_flow as ff
 
 
+# One worker, so that what the tests share is made once.
+pytestmark = pytest.mark.xdist_group("refined_policy")
+
+
 class _Nowhere(ff.AbstractDisplacement):
     """Folds the line at zero: a ↦ 1 + a², so that nothing is mapped to zero."""
 

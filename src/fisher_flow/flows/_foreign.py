@@ -61,17 +61,20 @@ def check_inference(name: str, network: Any) -> None:
 
     Looks at a framework only if its user has imported it.
     """
-    hint = f"FlowPolicy(eqx.nn.inference_mode({name}), action_shape)"
-    layers = jax.tree.leaves(network, is_leaf=lambda x: isinstance(x, eqx.nn.Dropout))
-    training = [x for x in layers if isinstance(x, eqx.nn.Dropout) and x.inference is False]
     nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(network, nnx.Module):
-        hint = f"{name}.eval()` before `FlowPolicy({name}, action_shape)"
-        for _, layer in nnx.iter_modules(network):
-            if isinstance(layer, nnx.Dropout) and not layer.deterministic:
-                training.append(layer)
-            elif isinstance(layer, nnx.BatchNorm) and not layer.use_running_average:
-                training.append(layer)
+    kinds = (eqx.nn.Dropout,) if nnx is None else (eqx.nn.Dropout, nnx.Module)
+    hint = f"FlowPolicy(eqx.nn.inference_mode({name}), action_shape)"
+    training = []
+    for x in jax.tree.leaves(network, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(x, eqx.nn.Dropout):
+            training += [x] if x.inference is False else []
+        elif nnx is not None and isinstance(x, nnx.Module):
+            for _, layer in nnx.iter_modules(x):
+                if (isinstance(layer, nnx.Dropout) and not layer.deterministic) or (
+                    isinstance(layer, nnx.BatchNorm) and not layer.use_running_average
+                ):
+                    hint = "model.eval()` first, then `FlowPolicy(model, action_shape)"
+                    training.append(layer)
     if len(training) > 0:
         raise ValueError(
             f"`{name}` has a `{type(training[0]).__name__}` layer in training mode. A flow is a "
