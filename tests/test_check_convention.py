@@ -8,6 +8,10 @@ import pytest
 import fisher_flow as ff
 
 
+# One worker, so that what the tests share is made once.
+pytestmark = pytest.mark.xdist_group("check_convention")
+
+
 paths = [ff.LinearPath(), ff.CosinePath(), ff.VariancePreservingPath()]
 kinds = [None, ff.NoisePrediction, ff.DataPrediction, ff.VPrediction, ff.ScorePrediction]
 everything = [(path, kind, reverse) for path in paths for kind in kinds for reverse in (0, 1)]
