@@ -284,12 +284,19 @@ def test_inside_a_scan_with_optax(critic_parameters):
 def test_inside_shard_map():
     # Devices are counted when JAX starts: hence another process.
     code = """
-    import jax, jax.numpy as jnp, jax.random as jr
+    import flax.linen as nn, jax, jax.numpy as jnp, jax.random as jr
     import fisher_flow as ff
     from jax.sharding import PartitionSpec as P
+    from jax.tree_util import Partial
 
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    policy = ff.FlowPolicy(ff.VelocityMLP(2, (2,), width_size=16, key=jr.key(0)), (2,))
+    model = nn.Sequential([nn.Dense(16), jnp.tanh, nn.Dense(2)])
+    parameters = model.init(jr.key(0), jnp.zeros(5))
+
+    def apply(parameters, t, x, o):
+        return model.apply(parameters, jnp.concatenate([t[None], x, o]))
+
+    policy = ff.FlowPolicy(Partial(apply, parameters), (2,))
     critic = lambda o, a: -jnp.sum((a - o) ** 2)
     observations, keys = jr.normal(jr.key(1), (32, 2)), jr.split(jr.key(2), 32)
     refined = ff.refine(
