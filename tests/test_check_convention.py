@@ -128,3 +128,23 @@ def test_learned_networks_are_told_apart_too():
         if (type(path), kind, reverse) != (ff.LinearPath, None, 0):
             with pytest.raises(ValueError, match=r"Write `FlowPolicy\(network, path=LinearPath"):
                 check(policy_of(network, path, kind, reverse))
+
+
+def test_a_prediction_along_another_path_is_refused():
+    network = trained(paths[2], ff.NoisePrediction, 0)
+    with pytest.raises(
+        ValueError, match=r"`path` must be the path of `velocity`.*path=velocity.path"
+    ):
+        ff.FlowPolicy(ff.NoisePrediction(network, paths[0]), (2,), path=paths[2])
+
+
+def test_a_prediction_of_the_user_is_checked_for_path_and_time():
+    class Half(ff.AbstractPrediction):  # predicts half the noise
+        def data_and_noise(self, t, x, observation):
+            noise = 2 * self.network(t, x, observation)
+            return (x - self.path.sigma(t) * noise) / self.path.alpha(t), noise
+
+    noise = trained(paths[0], ff.NoisePrediction, 0)
+    half = lambda t, x, o: noise(t, x, o) / 2
+    errors = check(ff.FlowPolicy(Half(half, paths[0]), (2,)))
+    assert next(iter(errors)) == "network, path=LinearPath()"

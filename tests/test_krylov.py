@@ -128,8 +128,8 @@ def test_kl_with_probes_agrees_with_the_exact_one(getkey):
     assert not np.any(probed.folded)
 
 
-@dtypes
-def test_a_step_of_a_chunk_meets_its_radius(dtype, getkey):
+def test_a_step_of_a_chunk_meets_its_radius(getkey):
+    dtype = jnp.float32  # with 64-bit floats enabled the harder one to preserve
     policy, variance = chunk_policy((6, 7), dtype, num_steps=30)
     observations = jr.normal(getkey(), (32, 6, 7), dtype)
     weights = jr.normal(getkey(), (6, 7), dtype)

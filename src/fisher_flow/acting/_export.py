@@ -21,7 +21,7 @@ def export_sampler(
     """Compiles the sampler of a policy into a file that runs without this library.
 
     The file holds the network, the flow and the refinement as one program, in the stable format of
-    `jax.export`. It needs nothing but JAX (and to write it, `pip install flatbuffers`):
+    `jax.export`. It needs nothing but JAX and `flatbuffers`:
 
     !!! example
 

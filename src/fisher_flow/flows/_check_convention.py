@@ -11,7 +11,6 @@ from .._misc import check_equal_lengths, check_instance
 from ._path import AbstractAffineGaussianPath, CosinePath, LinearPath, VariancePreservingPath
 from ._policy import FlowPolicy
 from ._prediction import (
-    AbstractPrediction,
     DataPrediction,
     NoisePrediction,
     ReversedTime,
@@ -19,6 +18,9 @@ from ._prediction import (
     ScorePrediction,
     VPrediction,
 )
+
+
+_kinds = NoisePrediction, DataPrediction, VPrediction, ScorePrediction
 
 
 def check_convention(
@@ -82,7 +84,7 @@ def _declared(policy) -> tuple[str, Any, AbstractAffineGaussianPath]:
     field = policy.velocity_field
     if isinstance(field, ReversedVelocity):
         return _name("velocity", True, policy.path), field.network, policy.path
-    if isinstance(field, AbstractPrediction):
+    if type(field) in _kinds:  # of a user's own prediction only path and time are in question
         reverse = isinstance(field.network, ReversedTime)
         network = field.network.network if reverse else field.network
         return _name(type(field).__name__, reverse, policy.path), network, policy.path
@@ -105,7 +107,6 @@ def _losses(network, own_path, observations, actions, key) -> dict[str, Float[Ar
     relative to the variance."""
     others = [LinearPath(), CosinePath(), VariancePreservingPath()]
     paths = [own_path, *(path for path in others if type(path) is not type(own_path))]
-    kinds = NoisePrediction, DataPrediction, VPrediction, ScorePrediction
     deviation = jnp.sqrt(jnp.mean(jnp.var(actions, axis=0)))
     ratios = deviation * jnp.asarray([0.25, 0.5, 1.0, 2.0], actions.dtype)
 
@@ -116,7 +117,7 @@ def _losses(network, own_path, observations, actions, key) -> dict[str, Float[Ar
         # The network is evaluated once, whatever its output stands for.
         output = network(1 - t if reverse else t, x, o)
         velocities = {"velocity": -output if reverse else output}
-        for kind in kinds:
+        for kind in _kinds:
             velocities[kind.__name__] = kind(lambda t, x, o: output, path)(t, x, o)
         # v = α̇ x₁ + σ̇ x₀ and x = α x₁ + σ x₀, solved for x₁
         denoised = {

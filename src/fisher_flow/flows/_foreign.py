@@ -62,15 +62,19 @@ def check_inference(name: str, network: Any) -> None:
     Looks at a framework only if its user has imported it.
     """
     nnx = sys.modules.get("flax.nnx")
-    kinds = (eqx.nn.Dropout,) if nnx is None else (eqx.nn.Dropout, nnx.Module)
+    layers = (eqx.nn.Dropout, eqx.nn.BatchNorm)
+    kinds = layers if nnx is None else (*layers, nnx.Module)
     hint = f"FlowPolicy(eqx.nn.inference_mode({name}), action_shape)"
     training = []
     for x in jax.tree.leaves(network, is_leaf=lambda x: isinstance(x, kinds)):
-        if isinstance(x, eqx.nn.Dropout):
-            training += [x] if x.inference is False else []
+        if isinstance(x, layers):
+            # A dropout of rate zero, as in layers of attention, does nothing.
+            if x.inference is False and not (isinstance(x, eqx.nn.Dropout) and x.p == 0):
+                training.append(x)
         elif nnx is not None and isinstance(x, nnx.Module):
             for _, layer in nnx.iter_modules(x):
-                if (isinstance(layer, nnx.Dropout) and not layer.deterministic) or (
+                drops = isinstance(layer, nnx.Dropout) and layer.rate > 0
+                if (drops and not layer.deterministic) or (
                     isinstance(layer, nnx.BatchNorm) and not layer.use_running_average
                 ):
                     hint = "model.eval()` first, then `FlowPolicy(model, action_shape)"

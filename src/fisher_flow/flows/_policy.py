@@ -6,6 +6,7 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -239,6 +240,7 @@ class FlowPolicy(AbstractFlowPolicy):
                 f"`{velocity!r}`. Write `FlowPolicy(lambda t, x, observation: ..., action_shape)`."
             )
         check_inference("velocity", velocity)
+        _check_same_path(velocity, path)
         check_instance("path", path, AbstractAffineGaussianPath, "fisher_flow.LinearPath()")
         check_instance("solver", solver, diffrax.AbstractSolver, "diffrax.Euler()")
         check_instance(
@@ -447,7 +449,7 @@ class FlowPolicy(AbstractFlowPolicy):
             ts = jnp.linspace(t0, t1, self.num_steps + 1, dtype=dtype)
             stepsize_controller, dt0 = EvenSteps(ts), None
             max_steps = self.num_steps
-            throw = False  # these steps always arrive
+            throw = isinstance(solver, diffrax.AbstractImplicitSolver)  # explicit steps arrive
         else:
             dt0 = jnp.asarray(direction / self.num_steps, dtype)
             max_steps = self.max_steps
@@ -481,6 +483,20 @@ def checked_shape(action_shape: Any) -> tuple[int, ...]:
             f"`{action_shape!r}`. Write `action_shape={example}`."
         )
     return shape
+
+
+def _check_same_path(velocity: Any, path: Any) -> None:
+    """A prediction along one path is no velocity along another."""
+    own = getattr(velocity, "path", None)
+    if not isinstance(own, AbstractAffineGaussianPath):
+        return
+    equal = eqx.tree_equal(own, path)
+    if isinstance(equal, jax.core.Tracer) or equal:
+        return
+    raise ValueError(
+        f"`path` must be the path of `velocity`, which is `{own}`, but got `{path}`. Write "
+        f"`FlowPolicy(velocity, action_shape, path=velocity.path)`."
+    )
 
 
 def as_flow_policy(policy: Any) -> AbstractFlowPolicy:
