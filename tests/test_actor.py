@@ -97,6 +97,18 @@ def test_an_episode_that_ends_forgets_its_chunk(mode):
     assert after[0, 1] == before[0, 1] and after[1, 1] != before[1, 1]
 
 
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_a_reset_of_everything_draws_at_once(horizon):
+    actor = ff.Actor(Chunks(horizon, (2,)), vector(2))
+    o = np.zeros((2, 3))
+    actor.reset()
+    first = actor(o)
+    actor.reset()
+    second = actor(o)
+    assert np.allclose(first[:, 0], 0) and np.allclose(second[:, 0], 0)
+    assert not np.any(first[:, 1] == second[:, 1])
+
+
 def test_evaluate_plays_chunks():
     class Pays(Box):
         def reset(self, *, seed=None, options=None):

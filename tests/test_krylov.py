@@ -111,6 +111,20 @@ def test_projections_find_a_reversal(getkey):
     assert np.mean(signs == -1) > 0.9
 
 
+@pytest.mark.parametrize("strength", [0.9, 1.05, 1.3])
+def test_actions_that_fold_do_not_spoil_the_mean(strength, getkey):
+    # One entry of forty folds where the slope of its displacement is below -1.
+    policy, _ = chunk_policy((40,))
+    measure = ff.TransportKL(ff.PerturbedScore(0.95))
+    field = lambda a: jnp.zeros_like(a).at[0].set(-strength * jnp.tanh(a[0]))
+    points = jr.normal(getkey(), (400, 40))
+    terms = jax.lax.map(lambda a: measure(policy, jnp.zeros(40), a, field), points, batch_size=100)
+    slopes = 1 - strength / np.cosh(np.asarray(points[:, 0])) ** 2
+    assert np.mean(terms.folded) == pytest.approx(np.mean(slopes <= 0), abs=0.03)
+    assert np.all(np.asarray(terms.kl)[np.asarray(terms.folded)] == 0)
+    assert np.max(np.abs(terms.kl)) < 60  # before, up to 600
+
+
 def test_kl_with_probes_agrees_with_the_exact_one(getkey):
     base = gaussian(jnp.zeros(6), random_covariance(getkey(), 6))
     policy = base.policy()

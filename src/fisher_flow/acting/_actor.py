@@ -99,19 +99,25 @@ class Actor:
         self._step = 0
         # A vector environment that resets at the next step ignores the action of that step.
         mode = (getattr(env, "metadata", None) or {}).get("autoreset_mode")
-        self._num_ignored = int(getattr(mode, "name", None) == "NEXT_STEP")
+        # That is the default, and in Gymnasium 1.0 the only way, not named there.
+        is_vector = self.num_envs is not None
+        self._num_ignored = int(is_vector and getattr(mode, "name", "NEXT_STEP") == "NEXT_STEP")
         num_envs = 1 if self.num_envs is None else self.num_envs
         self._age = np.full(num_envs, self.num_executed)
         self._chunks: np.ndarray | None = None
 
-    def reset(self, done: Any = True) -> None:
-        """Forgets what is left of a chunk; call it where an episode has ended.
+    def reset(self, done: Any = None) -> None:
+        """Forgets what is left of a chunk. Call it after `env.reset`, or with what a step says.
 
         **Arguments:**
 
-        - `done`: whether it has, one boolean for each environment of a vector.
+        - `done`: `None` after a reset of all environments; or whether each episode has ended with
+            the last step, `terminated | truncated`.
         """
-        self._age = np.where(done, self.num_executed - self._num_ignored, self._age)
+        if done is None:
+            self._age = np.full_like(self._age, self.num_executed)
+        else:
+            self._age = np.where(done, self.num_executed - self._num_ignored, self._age)
 
     def __call__(self, observation: Any) -> np.ndarray:
         """The action to take, in the dtype of the action space and within its bounds.

@@ -41,7 +41,8 @@ def check_convention(
 
     - `policy`: the policy, as declared.
     - `observations`: observations of the data, any PyTree of arrays with a leading batch axis.
-    - `actions`: the actions taken there; a few hundred are enough.
+    - `actions`: the actions taken there; a few hundred are enough. For a policy with
+        [`fisher_flow.TanhBounds`][] pass `bounds.unproject(actions)`.
 
     **Other arguments:**
 

@@ -73,7 +73,8 @@ def fit_flow(
 
     - `policy`: the policy to start from. Its arrays are trained; it is not modified.
     - `observations`: the observations, any PyTree of arrays with a leading axis.
-    - `actions`: the actions taken there, in the same order.
+    - `actions`: the actions taken there, in the same order. For a policy with
+        [`fisher_flow.TanhBounds`][] pass `bounds.unproject(actions)`.
 
     **Other arguments:**
 

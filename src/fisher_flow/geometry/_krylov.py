@@ -170,9 +170,9 @@ def trace_and_log_det(
 ) -> tuple[Scalar, Scalar, Scalar]:
     r"""The trace of a Jacobian $J$, and $\log |\det(I + J)|$ with its sign.
 
-    Of projections, the first two are unbiased but for the rank, and the sign is negative if that of
-    any projection is: a reversal of the map lies at the end of the spectrum, which projections
-    find first.
+    Of projections, the first two are unbiased but for the rank. Where a projection turns around
+    while `J` grows to its size, the logarithm is NaN and the sign negative. A reversal by little may
+    not show in a projection, so its sign is no proof that there is none.
     """
     identity = jnp.eye(jacobian.shape[-1], dtype=jacobian.dtype)
     if jacobian.ndim == 2:
@@ -183,11 +183,14 @@ def trace_and_log_det(
     τ = jnp.asarray(0.5 * (nodes + 1), jacobian.dtype)
     weights = jnp.asarray(0.5 * weights, jacobian.dtype)
 
-    def excess(H):
-        first = identity[0]
-        inverses = jax.vmap(lambda τ: jnp.linalg.solve(identity + τ * H, H @ first))(τ)
-        return size * jnp.sum(weights * τ * (inverses @ H[0]))
+    def excess_and_sign(H):
+        inverses = jax.vmap(lambda τ: jnp.linalg.solve(identity + τ * H, H[:, 0]))(τ)
+        # The integrand has a pole wherever the determinant passes through zero.
+        on_the_way = jnp.append(τ, jnp.ones((), τ.dtype))
+        signs, _ = jax.vmap(lambda τ: jnp.linalg.slogdet(identity + τ * H))(on_the_way)
+        return size * jnp.sum(weights * τ * (inverses @ H[0])), jnp.min(signs)
 
     trace = size * jnp.mean(jacobian[:, 0, 0])
-    signs, _ = jnp.linalg.slogdet(identity[None] + jacobian)
-    return trace, trace - jnp.mean(jax.vmap(excess)(jacobian)), jnp.min(signs)
+    excesses, signs = jax.vmap(excess_and_sign)(jacobian)
+    sign = jnp.min(signs)
+    return trace, jnp.where(sign > 0, trace - jnp.mean(excesses), jnp.nan), sign

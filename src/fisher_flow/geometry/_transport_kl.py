@@ -23,7 +23,8 @@ class TransportTerms(NamedTuple):
 
     folded: Bool[Array, ""]
     r"""Whether $\det(I + \nabla\delta) \le 0$, so that $T$ is not one-to-one here; or the map or
-    the score is not finite here, so that nothing is known, and the KL here is given as zero."""
+    the score is not finite here, so that nothing is known, and the KL here is given as zero. With
+    probes it is so, too, where they see a fold, and folds by little may be missed."""
 
     stein: Scalar
     r"""The Stein residual $s \cdot \delta + \nabla \cdot \delta$, of mean zero if $s$ is right."""

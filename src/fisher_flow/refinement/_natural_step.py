@@ -92,7 +92,8 @@ class NaturalStep(AbstractRefinement):
         - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
             the length of the step there.
         - `num_calibration`: with observations, the number of actions drawn to settle it once.
-        - `solver`: any Lineax solver for symmetric positive definite operators.
+        - `solver`: any Lineax solver for symmetric positive definite operators. Actions of more
+            than 32 entries need none: `ObservedInformation` solves in its own small space.
         - `measure`: how the KL is measured. By default with the score of the metric.
 
         **Raises:**
