@@ -171,8 +171,8 @@ def trace_and_log_det(
     r"""The trace of a Jacobian $J$, and $\log |\det(I + J)|$ with its sign.
 
     Of projections, the first two are unbiased but for the rank. Where a projection turns around
-    while `J` grows to its size, the logarithm is NaN and the sign negative. A reversal by little may
-    not show in a projection, so its sign is no proof that there is none.
+    while `J` grows to its size, the logarithm is NaN and the sign negative. A reversal by little
+    may not show in a projection, so its sign is no proof that there is none.
     """
     identity = jnp.eye(jacobian.shape[-1], dtype=jacobian.dtype)
     if jacobian.ndim == 2:
