@@ -46,8 +46,7 @@ def test_criterion_of_a_gaussian(path):
     assert score.relative_error < 0.02
 
 
-@pytest.mark.parametrize("size", [0.02, 0.1])
-@pytest.mark.parametrize("path", [ff.LinearPath(), UserPath()])
+@pytest.mark.parametrize("path, size", [(ff.LinearPath(), 0.02), (UserPath(), 0.1)])
 def test_chooses_the_least_error(size, path):
     mixture = bimodal()
     policy = ff.FlowPolicy(RoughVelocity(mixture.velocity(path), size), (2,), path=path)

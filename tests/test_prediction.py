@@ -72,7 +72,7 @@ def test_scores_agree_over_the_paths(getkey):
     assert np.allclose(values, values[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", paths[:2], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("path", paths[:1], ids=lambda path: type(path).__name__)
 def test_samples_agree(path, getkey):
     # From time 0 on, where the predictions of the noise are 0 / 0.
     key, exact = getkey(), mixture.policy(path)

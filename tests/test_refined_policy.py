@@ -96,7 +96,7 @@ def test_where_there_is_no_inverse_there_is_no_density():
     assert np.isnan(ff.PerturbedScore()(refined, o, action)).all()
 
 
-@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("length", [2])
 def test_score_is_the_gradient_of_the_log_density(length, policies):
     policy, actions = policies[length], jnp.linspace(-2, 3, 11)[:, None]
     score = ff.PerturbedScore(time=0.99)  # a bias of r⁴ = 1e-8, times curvatures
