@@ -1,9 +1,12 @@
 import functools
 
 import gymnasium
+import jax
 import numpy as np
 import pytest
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from helpers import gaussian
+from PIL import Image
 
 import fisher_flow as ff
 
@@ -52,3 +55,155 @@ def test_the_same_seed_gives_the_same_returns():
     first = ff.evaluate(policy, envs, seed=0)
     assert np.array_equal(ff.evaluate(policy, envs, seed=0), first)
     assert not np.any(ff.evaluate(policy, envs, seed=1) == first)
+
+
+class Walk(gymnasium.Env):
+    """Walks on from a random place for a random number of steps, and succeeds if it ends above."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    reports: str | None = "success"
+
+    def __init__(self, render_mode=None):
+        # Vector environments write to the metadata of the first, which must not be that of all.
+        self.render_mode, self.metadata = render_mode, {"render_fps": 20}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.normal(size=2).astype(np.float32)
+        self.remaining = int(self.np_random.integers(2, 9))
+        return self.place, self._info()
+
+    def step(self, action):
+        self.place = self.place + self.np_random.normal(size=2).astype(np.float32) + action
+        self.remaining -= 1
+        truncated = self.remaining == 0
+        return self.place, float(self.place[0]), False, truncated, self._info()
+
+    def _info(self):
+        return {} if self.reports is None else {self.reports: bool(self.place[0] > 0)}
+
+    def render(self):
+        return np.full((8, 8, 3), 25 * self.remaining, np.uint8)
+
+
+class Noisy:
+    """Draws its actions, and so must be replayed with the same noise."""
+
+    def sample(self, observation, *, key):
+        return 0.1 * observation[:1] + jax.random.normal(key, (1,), observation.dtype)
+
+
+class Chunked:
+    action_shape = (3, 1)
+
+    def sample(self, observation, *, key):
+        return jax.random.normal(key, (3, 1), observation.dtype)
+
+
+def by_hand(policy, seed):
+    """Plays one episode without a vector environment, or an actor."""
+    env, steps, total, chunk = Walk(), 0, 0.0, []
+    observation, info = env.reset(seed=seed)
+    truncated = False
+    while not truncated:
+        if len(chunk) == 0:
+            key = jax.random.fold_in(jax.random.key(seed), steps)
+            chunk = np.asarray(policy.sample(observation, key=key)).reshape(-1, 1)
+        action, chunk = np.clip(chunk[0], -1, 1), chunk[1:]
+        observation, reward, _, truncated, info = env.step(action)
+        total, steps = total + reward, steps + 1
+    return total, steps, info["success"]
+
+
+@pytest.mark.parametrize("policy", [Noisy(), Chunked()], ids=["one action", "chunks"])
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
+@pytest.mark.parametrize("num_envs", [1, 3, 8])
+def test_an_episode_depends_on_its_seed_alone(policy, mode, num_envs):
+    envs = SyncVectorEnv([Walk] * num_envs, autoreset_mode=mode)
+    episodes = ff.rollout(policy, envs, num_episodes=7, seed=5)
+    assert np.array_equal(episodes.seeds, np.arange(5, 12))
+    returns, lengths, successes = np.transpose([by_hand(policy, seed) for seed in range(5, 12)])
+    assert np.array_equal(episodes.lengths, lengths)
+    assert np.array_equal(episodes.successes, successes)
+    assert 0 < np.mean(successes) < 1 and len(set(lengths)) > 3  # so that these say something
+    assert np.allclose(episodes.returns, returns, atol=1e-4)  # sums in float32
+
+
+def test_evaluate_returns_the_returns_of_one_episode_in_each_environment():
+    envs = SyncVectorEnv([Walk] * 4)
+    episodes = ff.rollout(Noisy(), envs, seed=3)
+    assert np.array_equal(ff.evaluate(Noisy(), envs, seed=3), episodes.returns)
+    assert np.array_equal(episodes.seeds, [3, 4, 5, 6])
+
+
+@pytest.mark.parametrize("reports", ["is_success", None])
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_the_other_name_of_success_and_none(reports, mode):
+    make = type("Other", (Walk,), {"reports": reports})
+    episodes = ff.rollout(Noisy(), SyncVectorEnv([make] * 2, autoreset_mode=mode), num_episodes=5)
+    expected = [np.nan if reports is None else by_hand(Noisy(), seed)[2] for seed in range(5)]
+    assert np.array_equal(episodes.successes, expected, equal_nan=True)
+
+
+class Boasting(Walk):
+    """Speaks of success only when there is one."""
+
+    def _info(self):
+        return {"success": True} if self.place[0] > 0 else {}
+
+
+def test_success_that_some_environments_report_is_not_that_of_others():
+    expected = [by_hand(Noisy(), seed)[2] or np.nan for seed in range(6)]
+    for num_envs in (1, 6):
+        episodes = ff.rollout(Noisy(), SyncVectorEnv([Boasting] * num_envs), num_episodes=6)
+        assert np.array_equal(episodes.successes, expected, equal_nan=True)
+
+
+def test_environments_in_processes_of_their_own():
+    make = functools.partial(gymnasium.make, "Pendulum-v1", max_episode_steps=20)
+    policy = gaussian([0.0], [[1.0]]).policy(bounds=(-2.0, 2.0))
+    expected = ff.rollout(policy, SyncVectorEnv([make] * 2), num_episodes=3)
+    envs = AsyncVectorEnv([make] * 2, context="spawn")  # a fork of a process that runs JAX may hang
+    try:
+        episodes = ff.rollout(policy, envs, num_episodes=3)
+    finally:
+        envs.close()
+    assert np.allclose(episodes.returns, expected.returns)
+    assert np.array_equal(episodes.lengths, [20, 20, 20])
+
+
+def test_a_number_of_episodes_that_is_none():
+    with pytest.raises(ValueError, match=r"`num_episodes` must .* `0`. Write `num_episodes=10`"):
+        ff.rollout(Noisy(), SyncVectorEnv([Walk]), num_episodes=0)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_a_video_shows_the_episode_of_its_seed(tmp_path, suffix):
+    path = tmp_path / f"episode{suffix}"
+    episodes = ff.rollout(Noisy(), SyncVectorEnv([Walk] * 2), num_episodes=4)
+    longest = np.argmax(episodes.lengths)
+    env = Walk(render_mode="rgb_array")
+    again = ff.record_video(Noisy(), env, path, seed=episodes.seeds[longest])
+    for name in ("returns", "lengths", "successes", "seeds"):
+        assert np.allclose(getattr(again, name), getattr(episodes, name)[longest], atol=1e-4)
+    with Image.open(path) as image:
+        assert getattr(image, "n_frames", 1) == 1 + episodes.lengths[longest]
+        assert image.size == (8, 8)
+
+
+def test_a_video_with_fewer_frames(tmp_path):
+    env = Walk(render_mode="rgb_array")
+    seed = next(seed for seed in range(10) if by_hand(Noisy(), seed)[1] > 4)
+    episode = ff.record_video(Noisy(), env, tmp_path / "a.gif", seed=seed, every=3, max_steps=4)
+    assert episode.lengths[0] == 4
+    with Image.open(tmp_path / "a.gif") as image:
+        assert getattr(image, "n_frames", 1) == 2  # at the start and after 3 steps
+        assert image.info["duration"] == 150  # at 20 frames a second
+
+
+def test_a_video_of_what_renders_no_frames(tmp_path):
+    with pytest.raises(ValueError, match=r"`env` must .* `render_mode=None`.*\"rgb_array\"\)`"):
+        ff.record_video(Noisy(), Walk(), tmp_path / "episode.gif")
+    with pytest.raises(ValueError, match=r"`path` must .*episode.mp4`.*episode.gif\"`"):
+        ff.record_video(Noisy(), Walk("rgb_array"), tmp_path / "episode.mp4")

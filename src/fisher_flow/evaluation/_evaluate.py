@@ -1,6 +1,13 @@
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+import equinox as eqx
+import jax.random as jr
 import numpy as np
+from jaxtyping import Float, Int
 
 from .._misc import check_positive_integer
 from ..acting import Actor
@@ -8,6 +15,26 @@ from ..acting import Actor
 
 if TYPE_CHECKING:
     import gymnasium
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Episodes:
+    """What came of the episodes that [`fisher_flow.rollout`][] played."""
+
+    returns: Float[np.ndarray, " episodes"]
+    """The undiscounted return of each episode."""
+
+    lengths: Int[np.ndarray, " episodes"]
+    """The number of steps of each."""
+
+    successes: Float[np.ndarray, " episodes"]
+    """Whether each ended in success, 1 or 0: what `info["success"]`, or else `info["is_success"]`,
+    said at its last step, as in OGBench. A success that was lost again does not count. NaN where it
+    said neither; of an environment that speaks up only if there is one, take `successes == 1`."""
+
+    seeds: Int[np.ndarray, " episodes"]
+    """The seed of each. `rollout(policy, envs, num_episodes=1, seed=seeds[i])` and
+    `record_video(policy, env, path, seed=seeds[i])` play episode `i` again."""
 
 
 def evaluate(
@@ -50,26 +77,214 @@ def evaluate(
 
     **Returns:**
 
-    The undiscounted return of each episode.
+    The undiscounted return of each episode. [`fisher_flow.rollout`][] returns more than that.
 
     **Raises:**
 
     - `RuntimeError` if an episode does not end within `max_steps`.
     """
+    return rollout(policy, envs, seed=seed, max_steps=max_steps).returns
+
+
+def rollout(
+    policy: Any,
+    envs: "gymnasium.vector.VectorEnv",
+    *,
+    num_episodes: int | None = None,
+    seed: int | np.integer = 0,
+    max_steps: int = 100_000,
+) -> Episodes:
+    """Plays episodes in a Gymnasium vector environment, in rounds of one in each environment.
+
+    Episode `i` is reset with the seed `seed + i`, and its actions are drawn with noise of that
+    seed. So it is the same episode whatever the number of environments, and can be played again on
+    its own; but for rounding, since a batch of another size may be summed in another order. A round
+    lasts as long as its longest episode, and what environments play beyond that is not counted:
+    stopping at the first `num_episodes` to end would favour the short ones.
+
+    !!! warning
+
+        This holds for environments that draw all their random numbers from the generator that
+        `reset(seed=...)` seeds. Some, the mazes of OGBench among them, use NumPy's global one.
+
+    !!! example
+
+        ```python
+        import functools
+        import fisher_flow
+        import gymnasium
+        import numpy as np
+
+        velocity = lambda t, x, observation: (2 * t - 1) / (t**2 + (1 - t) ** 2) * x
+        policy = fisher_flow.FlowPolicy(velocity, action_shape=(1,), bounds=(-2, 2))
+        make = functools.partial(gymnasium.make, "Pendulum-v1")
+        envs = gymnasium.vector.SyncVectorEnv([make] * 4)
+        episodes = fisher_flow.rollout(policy, envs, num_episodes=10)
+
+        worst = np.argmin(episodes.returns)
+        again = fisher_flow.rollout(policy, envs, num_episodes=1, seed=episodes.seeds[worst])
+        assert np.allclose(again.returns, episodes.returns[worst], rtol=1e-3)
+        ```
+
+    **Arguments:**
+
+    - `policy`: any policy, as for [`fisher_flow.Actor`][].
+    - `envs`: the environments, a `SyncVectorEnv` or an `AsyncVectorEnv`, in any autoreset mode.
+
+    **Other arguments:**
+
+    - `num_episodes`: the number of episodes; by default one for each environment.
+    - `seed`: the seed of the first episode.
+    - `max_steps`: the number of steps after which episodes that have not ended raise.
+
+    **Returns:**
+
+    The [`fisher_flow.Episodes`][].
+
+    **Raises:**
+
+    - `RuntimeError` if an episode does not end within `max_steps`.
+    """
+    num_episodes = envs.num_envs if num_episodes is None else num_episodes
+    check_positive_integer("num_episodes", num_episodes, 10)
     check_positive_integer("max_steps", max_steps, 100_000)
-    actor = Actor(policy, envs, seed=seed)
-    observations, _ = envs.reset(seed=seed)
-    returns = np.zeros(envs.num_envs)
-    running = np.ones(envs.num_envs, bool)
-    for _ in range(max_steps):
-        observations, rewards, terminated, truncated, _ = envs.step(actor(observations))
-        returns += np.where(running, rewards, 0)
+    actor = _replaying_actor(policy, envs)
+    rounds = []
+    for first in range(0, num_episodes, envs.num_envs):
+        counted = np.arange(first, first + envs.num_envs) < num_episodes
+        rounds.append(_play_round(actor, envs, int(seed) + first, counted, max_steps))
+    returns, lengths, successes = (np.concatenate(x) for x in zip(*rounds, strict=True))
+    return Episodes(returns, lengths, successes, int(seed) + np.arange(num_episodes))
+
+
+def _play_round(actor, envs, seed, counted, max_steps):
+    """Plays an episode in each environment; returns what came of those that are `counted`."""
+    observations, _ = envs.reset(seed=seed)  # environment i with the seed `seed + i`
+    actor.reset()
+    mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode")
+    seeds = seed + np.arange(envs.num_envs)
+    returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
+    successes = np.full(envs.num_envs, np.nan)
+    running = counted.copy()
+    for step in range(max_steps):
+        actions = actor(_labelled(seeds, step, observations))
+        observations, rewards, terminated, truncated, infos = envs.step(actions)
         done = terminated | truncated
-        actor.reset(done)
+        returns += np.where(running, rewards, 0)
+        lengths += running
+        # Where an environment is reset at once, what its last step said lies beside the rest.
+        infos = infos.get("final_info", infos)
+        for i in np.flatnonzero(running & done).tolist():
+            successes[i] = _success(infos, i)
         running &= ~done
         if not running.any():
-            return returns
+            return returns[counted], lengths[counted], successes[counted]
+        actor.reset(done)
+        if done.any() and getattr(mode, "name", None) == "DISABLED":
+            observations, _ = envs.reset(options={"reset_mask": done})
     raise RuntimeError(
-        f"{running.sum()} of {envs.num_envs} episodes did not end within `max_steps={max_steps}`. "
+        f"{running.sum()} of {counted.sum()} episodes did not end within `max_steps={max_steps}`. "
         'Give the environment a time limit: `gymnasium.make("Pendulum-v1", max_episode_steps=200)`.'
     )
+
+
+def record_video(
+    policy: Any,
+    env: "gymnasium.Env",
+    path: str | os.PathLike[str],
+    *,
+    seed: int | np.integer = 0,
+    every: int = 1,
+    max_steps: int = 10_000,
+) -> Episodes:
+    """Plays one episode and writes what it looks like to a moving picture.
+
+    With the seed of an episode of [`fisher_flow.rollout`][] it is that episode, so that one can
+    look at the worst of many: `record_video(policy, env, "worst.gif",
+    seed=episodes.seeds[np.argmin(episodes.returns)])`. For MP4, pass the `Actor` an environment in
+    `gymnasium.wrappers.RecordVideo`.
+
+    **Arguments:**
+
+    - `policy`: any policy, as for [`fisher_flow.Actor`][].
+    - `env`: one environment, made with `render_mode="rgb_array"`.
+    - `path`: the file to write: `.gif`, `.webp` or `.png`.
+
+    **Other arguments:**
+
+    - `seed`: the seed of the episode.
+    - `every`: the number of steps from frame to frame. All frames are held in memory: raise it for
+        long episodes.
+    - `max_steps`: the number of steps after which the recording stops.
+
+    **Returns:**
+
+    The [`fisher_flow.Episodes`][] of this one episode. Needs Pillow: `pip install pillow`.
+
+    **Raises:**
+
+    - `ValueError` if the environment renders no frames, or no such file can be written.
+    """
+    from PIL import Image
+
+    check_positive_integer("every", every, 1)
+    check_positive_integer("max_steps", max_steps, 10_000)
+    if getattr(env, "num_envs", None) is not None or env.render_mode != "rgb_array":
+        raise ValueError(
+            f"`env` must be a single environment that renders frames, but got `{env!r}` with "
+            f"`render_mode={env.render_mode!r}`. Write "
+            '`env=gymnasium.make("Pendulum-v1", render_mode="rgb_array")`.'
+        )
+    path = Path(path)
+    if path.suffix not in (".gif", ".webp", ".png"):
+        raise ValueError(
+            "`path` must end in `.gif`, `.webp` or `.png`, but got "
+            f'`{str(path)}`. Write `path="{path.with_suffix(".gif")}"`.'
+        )
+    actor = _replaying_actor(policy, env)
+    observation, info = env.reset(seed=int(seed))
+    total, length, done = 0.0, 0, False
+    frames = [Image.fromarray(np.asarray(env.render()))]
+    while not done and length < max_steps:
+        action = actor(_labelled(seed, length, observation))
+        observation, reward, terminated, truncated, info = env.step(action)
+        total, length, done = total + float(reward), length + 1, terminated or truncated
+        if length % every == 0 or done:
+            frames.append(Image.fromarray(np.asarray(env.render())))
+    rate = (getattr(env, "metadata", None) or {}).get("render_fps") or 30
+    milliseconds = round(1000 * every / rate)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    success = _success({name: [value] for name, value in info.items()}, 0)
+    return Episodes(*map(np.array, ([total], [length], [success], [int(seed)])))
+
+
+class _Replaying(eqx.Module):
+    """Draws actions with noise that depends on the seed of the episode and the step in it alone."""
+
+    policy: Any
+
+    def sample(self, observation, *, key):
+        del key  # of the place in the batch
+        seed, step, observation = observation
+        return self.policy.sample(observation, key=jr.fold_in(jr.key(seed), step))
+
+
+def _replaying_actor(policy, env):
+    actor = Actor(policy, env)
+    actor.policy = _Replaying(policy)  # now that the policy itself has passed the checks
+    return actor
+
+
+def _labelled(seeds, step, observations):
+    """Observations as `_Replaying` takes them; unsigned, as seeds are cut to 32 bits anyway."""
+    seeds = (np.asarray(seeds) & 0xFFFFFFFF).astype(np.uint32)
+    return seeds, np.full_like(seeds, step), observations
+
+
+def _success(infos: Mapping[str, Any], i: int) -> float:
+    """What environment `i` says of its success, if it does."""
+    for name in ("success", "is_success"):
+        reported = infos.get(f"_{name}")  # a vector environment says so for each of its own
+        if name in infos and (reported is None or reported[i]):
+            return float(infos[name][i])
+    return np.nan
