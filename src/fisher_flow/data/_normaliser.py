@@ -1,0 +1,91 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import Observation
+from .._misc import check_instance
+from ._transitions import Transitions
+
+
+class Normaliser(eqx.Module):
+    r"""Shifts and scales observations to mean 0 and standard deviation 1, $(o - \mu) / \sigma$.
+
+    Nothing here rescales data by itself: an agent that is trained on normalised transitions is
+    handed the same normaliser, which is then saved with it.
+
+    !!! example
+
+        ```python
+        import fisher_flow
+        import numpy as np
+
+        observations = np.random.default_rng(0).normal(5.0, 3.0, (101, 3))
+        transitions = fisher_flow.Transitions.from_episodes(
+            [observations], [np.zeros((100, 1))], [np.zeros(100)], [False]
+        )
+        normaliser = fisher_flow.Normaliser.of(transitions)
+        normalised = normaliser.transitions(transitions)
+        assert abs(normalised.observations.mean()) < 1e-6
+        ```
+    """
+
+    mean: PyTree[Float[Array, "..."]]
+    deviation: PyTree[Float[Array, "..."]]
+
+    @staticmethod
+    def of(transitions: Transitions) -> "Normaliser":
+        """The normaliser of the observations of some transitions.
+
+        An entry that never varies is shifted and not scaled.
+
+        **Arguments:**
+
+        - `transitions`: the transitions. Integer observations, such as images, are refused: scale
+            them where they enter the network.
+        """
+        check_instance("transitions", transitions, Transitions, "Transitions.from_episodes(...)")
+        for path, leaf in jax.tree.leaves_with_path(transitions.observations):
+            if not np.issubdtype(leaf.dtype, np.inexact):
+                raise ValueError(
+                    f"`transitions.observations{jax.tree_util.keystr(path)}` must be of a floating "
+                    f"point dtype to be normalised, but got {leaf.dtype}. Write "
+                    "`observations=jax.tree.map(lambda leaf: leaf.astype(np.float32), ...)`, or do "
+                    "without a normaliser."
+                )
+
+        def mean(leaf):
+            value = np.mean(np.asarray(leaf), axis=0, dtype=np.float64)
+            return jnp.asarray(value.astype(leaf.dtype))
+
+        def deviation(leaf):
+            value = np.std(np.asarray(leaf), axis=0, dtype=np.float64)
+            return jnp.asarray(np.where(value > 1e-6, value, 1).astype(leaf.dtype))
+
+        observations = transitions.observations
+        return Normaliser(jax.tree.map(mean, observations), jax.tree.map(deviation, observations))
+
+    def __call__(self, observation: Observation) -> Observation:
+        """One observation, or a batch of them, shifted and scaled, in the dtype of the mean."""
+
+        def apply(leaf, μ, σ):
+            leaf = jnp.asarray(leaf).astype(μ.dtype)  # many simulators count in double precision
+            return (leaf - jnp.broadcast_to(μ, leaf.shape)) / jnp.broadcast_to(σ, leaf.shape)
+
+        return jax.tree.map(apply, observation, self.mean, self.deviation)
+
+    def transitions(self, transitions: Transitions) -> Transitions:
+        """The transitions, with their observations and next observations shifted and scaled."""
+
+        def apply(leaf, μ, σ):  # in NumPy if the column is
+            μ, σ = (np.broadcast_to(np.asarray(x), leaf.shape) for x in (μ, σ))
+            return (leaf - μ) / σ
+
+        o, next_o = (
+            jax.tree.map(apply, column, self.mean, self.deviation)
+            for column in (transitions.observations, transitions.next_observations)
+        )
+        return eqx.tree_at(
+            lambda t: (t.observations, t.next_observations), transitions, (o, next_o)
+        )
