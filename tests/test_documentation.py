@@ -37,18 +37,14 @@ scripts = {
     for path in [root / "README.md", *root.glob("docs/**/*.md"), *root.glob("src/**/*.py")]
     if (script := _python_blocks(path.read_text(encoding="utf-8"))).strip()
 }
+pages = sorted(page for page in scripts if page.suffix == ".md")
+modules = sorted(page for page in scripts if page.suffix == ".py")
 
 
-def test_the_readme_has_an_example():
-    assert Path("README.md") in scripts
-
-
-@pytest.mark.parametrize("page", sorted(scripts), ids=str)
-def test_python_blocks(page, tmp_path):
-    (tmp_path / page.name).write_text(scripts[page], encoding="utf-8")
-    result = subprocess.run(
-        [sys.executable, page.name],
-        cwd=tmp_path,
+def run(command, folder):
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
         # Compiling takes most of the time.
         env=os.environ
         | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
@@ -56,5 +52,39 @@ def test_python_blocks(page, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def test_the_readme_has_an_example():
+    assert Path("README.md") in scripts
+
+
+@pytest.mark.parametrize("page", pages, ids=str)
+def test_python_blocks(page, tmp_path):
+    (tmp_path / page.name).write_text(scripts[page], encoding="utf-8")
+    result = run([page.name], tmp_path)
     # The traceback names the page and the line in it, and shows the code.
     assert result.returncode == 0, f"a block of {page} fails:\n\n{result.stdout}"
+
+
+# Namespaces of their own, but one interpreter for all: starting it takes longer than they do.
+run_all = """
+import pathlib, runpy, sys, traceback
+failed = 0
+for name in sys.argv[1:]:
+    try:
+        runpy.run_path(name)
+    except Exception:
+        failed += 1
+        traceback.print_exc()
+sys.exit(failed)
+"""
+
+
+def test_python_blocks_of_docstrings(tmp_path):
+    for module in modules:
+        (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / module).write_text(scripts[module], encoding="utf-8")
+    (tmp_path / "run_all.py").write_text(run_all, encoding="utf-8")
+    assert len(modules) > 10
+    result = run(["run_all.py", *map(str, modules)], tmp_path)
+    assert result.returncode == 0, result.stdout

@@ -47,7 +47,12 @@ cases = [
     ("ff.refine(ff.FlowPolicy, critic)", "policy", "`FlowPolicy`", "FlowPolicy("),
     ("ff.refine(policy, ff.QEnsemble)", "critic", "QEnsemble", "critic=lambda"),
     ("ff.fit_flow(ff.FlowPolicy, observations, actions, **fit)", "policy", "`FlowPolicy`", "policy="),
+    ("ff.train(ff.OneStep, None, 1)", "agent", "`OneStep`", "agent=OneStep()"),
+    ("ff.train(ff.OneStep(), observations, 1)", "transitions", "ArrayImpl", "transitions=Transitions.from_episodes("),
+    ("ff.FisherDecorator(ff.FisherRao)", "metric", "`FisherRao`", "metric=FisherRao()"),
     # shapes
+    ("ff.Ensemble([critic, lambda o, a: a])(observation, action)", "critics", "(2,)", "lambda observation, action: critic(observation, action).mean()"),
+    ("ff.published_settings('reacher-v2')", "task", "reacher-v2", "FisherDecorator("),
     ("ff.FlowPolicy(lambda t, x, o: x[:1], (2,)).sample(observation, key=key)", "velocity", "(1,)", "FlowPolicy(velocity, action_shape=(1,))"),
     ("policy.log_prob(observation, jnp.ones(3))", "velocity", "(3,)", "FlowPolicy(velocity, action_shape=(3,))"),
     ("policy.log_prob(observation, actions)", "velocity", "(4, 2)", "jax.vmap(policy"),

@@ -1,7 +1,26 @@
 """Refines flow-matching policies by a critic, within a KL measured from their own velocity."""
 
 from .acting import Actor as Actor, export_sampler as export_sampler
-from .evaluation import evaluate as evaluate
+from .data import (
+    load_d4rl as load_d4rl,
+    load_minari as load_minari,
+    load_ogbench as load_ogbench,
+    Normaliser as Normaliser,
+    Transitions as Transitions,
+)
+from .evaluation import (
+    bootstrap_interval as bootstrap_interval,
+    Episodes as Episodes,
+    evaluate as evaluate,
+    interquartile_mean as interquartile_mean,
+    normalised_score as normalised_score,
+    paired_difference as paired_difference,
+    PairedDifference as PairedDifference,
+    performance_profile as performance_profile,
+    record_video as record_video,
+    Results as Results,
+    rollout as rollout,
+)
 from .flows import (
     AbstractAffineGaussianPath as AbstractAffineGaussianPath,
     AbstractFlowPolicy as AbstractFlowPolicy,
@@ -40,6 +59,21 @@ from .geometry import (
     TransportKL as TransportKL,
     TransportTerms as TransportTerms,
 )
+from .offline import (
+    AbstractAgent as AbstractAgent,
+    BehaviourCloning as BehaviourCloning,
+    BehaviourFlow as BehaviourFlow,
+    FisherDecorator as FisherDecorator,
+    FlowQLearning as FlowQLearning,
+    ImplicitQLearning as ImplicitQLearning,
+    NormalisedPolicy as NormalisedPolicy,
+    OneStep as OneStep,
+    published_settings as published_settings,
+    PublishedSettings as PublishedSettings,
+    TensorBoard as TensorBoard,
+    train as train,
+    Trained as Trained,
+)
 from .refinement import (
     AbstractDisplacement as AbstractDisplacement,
     AbstractRefinement as AbstractRefinement,
@@ -59,4 +93,5 @@ from .values import (
     fit_critic as fit_critic,
     LowerConfidenceBound as LowerConfidenceBound,
     QEnsemble as QEnsemble,
+    TemporalDifference as TemporalDifference,
 )

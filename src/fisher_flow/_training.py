@@ -40,9 +40,7 @@ def train(
     with tqdm(total=num_updates, desc=description, disable=not progress) as bar:
         for start in range(0, num_updates, chunk):
             stop = min(start + chunk, num_updates)
-            state, logs = _run_chunk(
-                update, args, state, jnp.asarray(start), jnp.asarray(stop), key
-            )
+            state, logs = run_chunk(update, args, state, jnp.asarray(start), jnp.asarray(stop), key)
             if progress and not any(isinstance(x, jax.core.Tracer) for x in logs.values()):
                 bar.set_postfix({name: f"{float(value):.3g}" for name, value in logs.items()})
             bar.update(stop - start)
@@ -50,7 +48,8 @@ def train(
 
 
 @eqx.filter_jit
-def _run_chunk(update, args, state, start, stop, key):
+def run_chunk(update: Update, args: Any, state: Any, start: Array, stop: Array, key: PRNGKeyArray):
+    """Updates number `start` to `stop - 1`, in one program; the state, and the mean of the logs."""
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def step(i, carry):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._custom_types import Critic
 from .._misc import batch_length, check_equal_lengths, check_instance
-from ..flows import as_flow_policy
+from ..flows import AbstractFlowPolicy, as_flow_policy
 from ..geometry import calibrate_score, PerturbedScore
 from ._method import AbstractRefinement, check_critic
 from ._natural_step import NaturalStep
@@ -106,18 +106,29 @@ def refine(
         check_equal_lengths(observations=observations, actions=actions)
     if observations is not None:
         batch_length("observations", observations)
-        method = _calibrate(method, policy, observations, actions, jr.fold_in(key, 0))
+        method = calibrate(method, policy, observations, actions, jr.fold_in(key, 0))
     field = method.fit(policy, critic, observations, key=key)
     return RefinedPolicy(policy, critic, field, method)
 
 
-def _calibrate(method, policy, observations, actions, key):
-    """Replaces the scores to which no time was given."""
+def is_open(x: Any) -> bool:
+    """Whether `x` is a score to which no time was given."""
+    return isinstance(x, PerturbedScore) and x.time is None
 
-    def is_open(x):
-        return isinstance(x, PerturbedScore) and x.time is None
 
-    if not any(is_open(x) for x in jax.tree.leaves(method, is_leaf=is_open)):
+def has_open_score(method: Any) -> bool:
+    return any(is_open(x) for x in jax.tree.leaves(method, is_leaf=is_open))
+
+
+def calibrate(
+    method: Any,
+    policy: AbstractFlowPolicy,
+    observations: PyTree[Any],
+    actions: Any,
+    key: PRNGKeyArray,
+) -> Any:
+    """Replaces the scores to which no time was given in a method, or in a metric."""
+    if not has_open_score(method):
         return method
     draw_key, key = jr.split(key)
     if actions is None:

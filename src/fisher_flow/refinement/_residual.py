@@ -159,9 +159,13 @@ class Residual(AbstractRefinement):
         observations = jax.tree.map(jnp.asarray, observations)
         network = self.network
         if network is None:
-            network = _zero_network(self, policy, observations, network_key)
+            observation = jax.tree.map(lambda leaf: leaf[0], observations)
+            action = eqx.filter_eval_shape(lambda key: policy.draw(observation, key=key), key)
+            network = zero_network(
+                observation, action, self.width_size, self.depth, key=network_key
+            )
         if not isinstance(self.radius, jax.core.Tracer) and self.radius == 0:
-            return _NetworkDisplacement(network, jnp.zeros(()))
+            return NetworkDisplacement(network, jnp.zeros(()))
         gradient_norm, eigenvalue = _scales(self, policy, critic, observations, scale_key)
         optimiser_state = _optimiser(self).init(eqx.filter(network, eqx.is_inexact_array))
         # From a strong penalty down, so that no early step leaves the data.
@@ -176,10 +180,10 @@ class Residual(AbstractRefinement):
             description=f"residual, {type(self.metric).__name__}",
         )
         scale = _final_scale(self, policy, network, observations, calibration_key)
-        return _NetworkDisplacement(network, scale)
+        return NetworkDisplacement(network, scale)
 
 
-class _NetworkDisplacement(AbstractDisplacement):
+class NetworkDisplacement(AbstractDisplacement):
     network: Callable[[Any, Any], Any]
     scale: Scalar
 
@@ -189,25 +193,29 @@ class _NetworkDisplacement(AbstractDisplacement):
         return self.scale.astype(action.dtype) * self.network(observation, action)
 
 
-class _ResidualMLP(eqx.Module):
+class ResidualMLP(eqx.Module):
     mlp: eqx.nn.MLP
 
     def __call__(self, observation: Observation, action: Action) -> Action:
         return self.mlp(ravel_inputs(observation, action)).reshape(action.shape)
 
 
-def _zero_network(method, policy, observations, key) -> _ResidualMLP:
-    observation = jax.tree.map(lambda leaf: leaf[0], observations)
-    action = eqx.filter_eval_shape(lambda key: policy.draw(observation, key=key), key)
-    size = int(np.prod(action.shape))
+def zero_network(
+    observation: Observation,
+    action: Action | jax.ShapeDtypeStruct,
+    width_size: int,
+    depth: int,
+    *,
+    key: PRNGKeyArray,
+) -> ResidualMLP:
+    """A network for displacements that starts from zero."""
     inputs = eqx.filter_eval_shape(ravel_inputs, observation, action).size
-    mlp = eqx.nn.MLP(
-        inputs, size, method.width_size, method.depth, jax.nn.gelu, dtype=action.dtype, key=key
-    )
+    size = int(np.prod(action.shape))
+    mlp = eqx.nn.MLP(inputs, size, width_size, depth, jax.nn.gelu, dtype=action.dtype, key=key)
     last = mlp.layers[-1]
     zeros = jax.tree.map(jnp.zeros_like, (last.weight, last.bias))
     mlp = eqx.tree_at(lambda mlp: (mlp.layers[-1].weight, mlp.layers[-1].bias), mlp, zeros)
-    return _ResidualMLP(mlp)
+    return ResidualMLP(mlp)
 
 
 def _optimiser(method):

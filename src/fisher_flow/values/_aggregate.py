@@ -87,4 +87,13 @@ class Ensemble(eqx.Module):
 
     def __call__(self, observation: Observation, action: Action) -> Scalar:
         """The value of an action."""
-        return self.aggregate(jnp.stack([critic(observation, action) for critic in self.critics]))
+        values = [jnp.asarray(critic(observation, action)) for critic in self.critics]
+        shapes = [value.shape for value in values]
+        if set(shapes) != {()}:
+            raise ValueError(
+                "`critics` must return scalars for one observation and one action, but they "
+                f"returned shapes {shapes}. Write "
+                "`lambda observation, action: critic(observation, action).mean()` for those that "
+                "do not."
+            )
+        return self.aggregate(jnp.stack(values))

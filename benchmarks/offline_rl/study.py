@@ -1,0 +1,144 @@
+"""Agents of offline RL on real tasks: trains them all, plays them, and writes every number.
+
+    python examples/make_data.py pendulum --out data
+    python examples/make_data.py halfcheetah --out data
+    python benchmarks/offline_rl/study.py --data data --out offline_rl.csv
+
+One row a task, method and seed: the mean return of 20 episodes, alone and as the best of 8 by the
+critic of the agent, the KL from the behaviour flow, and the seconds that the training took. Rows
+that the file holds already are not made again, so a study that was stopped goes on. Ours has one
+radius for all tasks; the coefficients of the others are tried over a range.
+"""
+
+import argparse
+import csv
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+import fisher_flow
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from offline_rl import load_task  # noqa: E402  # pyright: ignore
+
+
+COLUMNS = ["task", "method", "seed", "updates", "score", "best_of_8", "kl", "seconds"]
+# Small networks for small tasks: two hidden layers of this width.
+WIDTHS = {"pendulum": 64, "halfcheetah": 128}
+RADIUS = 0.5
+
+
+def methods(width: int, action_size: int) -> dict[str, fisher_flow.AbstractAgent]:
+    """Every agent with every coefficient, all with the same networks, critic and updates."""
+    networks: Any = dict(width_size=width, depth=2)
+    options: Any = dict(
+        flow=fisher_flow.BehaviourFlow(**networks, learning_rate=1e-3),
+        critic=fisher_flow.TemporalDifference(**networks),
+        learning_rate=1e-3,
+        num_candidates=1,
+    )
+    FiDec = fisher_flow.FisherDecorator
+    agents: dict[str, fisher_flow.AbstractAgent] = {
+        f"one step, {RADIUS} nats": fisher_flow.OneStep(
+            refinement=fisher_flow.NaturalStep(radius=RADIUS), **options
+        ),
+        f"FiDec, Fisher-Rao, {RADIUS} nats": FiDec(radius=RADIUS, **options),
+        "IFQL": fisher_flow.ImplicitQLearning(**options),
+    }
+    for α in (0.03, 0.3, 3.0):
+        agents[f"FQL, α = {α}"] = fisher_flow.FlowQLearning(coefficient=α, **options)
+    for ε in (0.003, 0.03, 0.3):
+        agents[f"DeFlow, ε = {ε}"] = FiDec.deflow(action_size, ε, **options)
+    if action_size == 1:  # where every Fisher matrix, divided by its trace, is the identity
+        return agents
+    for ε in (0.001, 0.01):
+        agents[f"FiDec, paper, ε = {ε}"] = FiDec.paper(ε, **options)
+        agents[f"FiDec, released, ε = {ε}"] = FiDec.released(ε, **options)
+    return agents
+
+
+def measured_kl(policy: fisher_flow.AbstractPolicy, critic: Any, observations: Any) -> float:
+    if not isinstance(policy, fisher_flow.RefinedPolicy):
+        return float("nan")
+    return float(fisher_flow.certify(policy, critic, observations, key=jr.key(0)).total_kl)
+
+
+def study(task: str, args: argparse.Namespace, done: set[tuple[str, str, int]]) -> None:
+    """Trains and plays every agent on a task, and writes a row for each as soon as it is known."""
+    transitions, make_env, _ = load_task(task, args.data)
+    normaliser = fisher_flow.Normaliser.of(transitions)
+    transitions = normaliser.transitions(transitions)
+    scale = transitions.rewards.std()
+    transitions = dataclasses.replace(transitions, rewards=transitions.rewards / scale)
+    rows = np.random.default_rng(0).permutation(len(transitions))[:512]
+    observations = jnp.asarray(transitions.observations[rows])
+    envs = gymnasium.vector.SyncVectorEnv([make_env] * args.episodes)
+
+    def play(policy: fisher_flow.AbstractPolicy, seed: int) -> float:
+        policy = fisher_flow.NormalisedPolicy(policy, normaliser)
+        # Start states that are the same for all methods, and not in the data.
+        return float(fisher_flow.evaluate(policy, envs, seed=1_000_000 * (seed + 1)).mean())
+
+    def record(method: str, seed: int, policy: Any, critic: Any, seconds: float) -> None:
+        row = dict(
+            task=task, method=method, seed=seed, updates=args.updates,
+            score=f"{play(policy, seed):.1f}",
+            best_of_8=f"{play(fisher_flow.BestOf(policy, critic, 8), seed):.1f}",
+            kl=f"{measured_kl(policy, critic, observations):.4f}",
+            seconds=f"{seconds:.1f}",
+        )  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        new = not args.out.exists()
+        with open(args.out, "a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(*row.values(), sep=" | ", flush=True)
+
+    size = int(np.prod(transitions.actions.shape[1:]))
+    for method, agent in methods(WIDTHS[task], size).items():
+        missing = [x for x in range(args.seeds) if (task, method, x) not in done]
+        if len(missing) == 0:
+            continue
+        began = time.perf_counter()
+        trained = fisher_flow.train(agent, transitions, args.updates, seeds=missing, batch_size=128)
+        seconds = (time.perf_counter() - began) / len(missing)
+        for seed, state in zip(missing, trained.states, strict=True):
+            critic = state.critic.model
+            record(method, seed, trained.policy(seed), critic, seconds)
+            if isinstance(agent, fisher_flow.OneStep):  # its flow is the behaviour's
+                record("behaviour flow", seed, agent.flow.policy(state.flow), critic, seconds)
+    envs.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=Path("offline_rl.csv"))
+    parser.add_argument("--tasks", nargs="+", default=list(WIDTHS), choices=list(WIDTHS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=10_000)
+    parser.add_argument("--episodes", type=int, default=20)
+    args = parser.parse_args()
+    done = set()
+    if args.out.exists():
+        with open(args.out, newline="", encoding="utf-8") as stream:
+            done = {
+                (row["task"], row["method"], int(row["seed"])) for row in csv.DictReader(stream)
+            }
+
+    for task in args.tasks:
+        study(task, args, done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+
+
+class Checkpoints:
+    """The checkpoints of a run in a folder: the last two, each written whole or not at all."""
+
+    def __init__(self, folder: str | os.PathLike[str], description: dict[str, str]):
+        try:
+            import orbax.checkpoint as ocp
+        except ImportError as error:
+            raise ImportError(
+                "Checkpoints are written with Orbax, which is not installed. Write "
+                '`pip install "fisher_flow[offline]"`, or train with `folder=None`.'
+            ) from error
+        self.folder = Path(folder).absolute()
+        self._check_same_run(description)
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            self.folder / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+        )
+
+    def _check_same_run(self, description: dict[str, str]) -> None:
+        path = self.folder / "run.json"
+        if path.exists():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            for name, value in description.items():
+                if there.get(name) != value:
+                    raise ValueError(
+                        f"`folder={str(self.folder)!r}` holds a run with other `{name}`:\n"
+                        f"{there.get(name)}\nwhere this one has\n{value}\n"
+                        "To go on with it make the same call again; to start afresh write "
+                        f"`folder={str(self.folder) + '_2'!r}`."
+                    )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(".tmp")
+        written.write_text(json.dumps(description, indent=1), encoding="utf-8")
+        os.replace(written, path)
+
+    def save(self, updates: int, states: list[Any]) -> None:
+        leaves = jax.tree.leaves(eqx.filter(states, eqx.is_array))
+        tree = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
+        self._manager.save(updates, args=self._ocp.args.StandardSave(tree))
+        self._manager.wait_until_finished()
+
+    def restore(self, states: list[Any]) -> tuple[int, list[Any]] | None:
+        """The number of updates made and the states then; `None` if nothing was saved."""
+        updates = self._manager.latest_step()
+        if updates is None:
+            return None
+        arrays, static = eqx.partition(states, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+        tree = {
+            f"{i:05d}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for i, leaf in enumerate(leaves)
+        }
+        restored = self._manager.restore(updates, args=self._ocp.args.StandardRestore(tree))
+        leaves = [restored[name] for name in sorted(restored)]
+        return updates, eqx.combine(jax.tree.unflatten(structure, leaves), static)

@@ -1,0 +1,314 @@
+import dataclasses
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from .._misc import check_instance, check_positive_integer
+from .._training import run_chunk
+from ..data import Transitions
+from ..flows import AbstractPolicy
+from ._agent import AbstractAgent, BehaviourFlow
+from ._checkpoints import Checkpoints
+from ._log import Log, Logger
+
+
+# called as evaluate(policy, seed), returns names and numbers
+Evaluate = Callable[[AbstractPolicy, int], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What [`fisher_flow.train`][] returns: an agent and what it has learned, for every seed."""
+
+    agent: AbstractAgent
+    """The agent."""
+
+    seeds: tuple[int, ...]
+    """The seeds it was trained with."""
+
+    states: tuple[Any, ...]
+    """Its state for each of them."""
+
+    transitions: Transitions
+    """What it was trained on."""
+
+    num_updates: int
+    """The number of updates made in all."""
+
+    def policy(self, seed: int | None = None) -> Any:
+        """The policy learned with a seed, by default the first: an `AbstractPolicy`, of which kind
+        depends on the agent.
+
+        **Arguments:**
+
+        - `seed`: one of the seeds of the training.
+        """
+        seed = self.seeds[0] if seed is None else seed
+        if seed not in self.seeds:
+            raise ValueError(
+                f"`seed` must be one of those trained, {self.seeds}, but got `{seed!r}`. Write "
+                f"`trained.policy({self.seeds[0]})`."
+            )
+        state = self.states[self.seeds.index(seed)]
+        return make_policy(self.agent, state, self.transitions, seed)
+
+
+def make_policy(
+    agent: AbstractAgent, state: Any, transitions: Transitions, seed: int
+) -> AbstractPolicy:
+    # The same observations and key at every call, so that a policy is a function of the state.
+    return agent.policy(state, some_observations(transitions, seed), key=jr.key(seed))
+
+
+def some_observations(transitions: Transitions, seed: int) -> Any:
+    rows = np.random.default_rng(seed).permutation(len(transitions))[:10_000]
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), transitions.observations)
+
+
+def train(
+    agent: AbstractAgent,
+    transitions: Transitions,
+    num_updates: int,
+    *,
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 256,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    log_every: int = 1000,
+    loggers: Sequence[Logger] = (),
+    vectorise: bool | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Trains an agent on logged transitions.
+
+    The data lie on the device, and chunks of updates run there. With a `folder`, a run that was
+    stopped, at whatever moment, goes on from its last checkpoint when the same call is made again,
+    and ends with the same numbers as if it had not been stopped.
+
+    !!! example
+
+        ```python
+        import fisher_flow
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        actions = rng.uniform(-1, 1, (500, 1)).astype(np.float32)
+        observations = np.cumsum(np.append(np.zeros((1, 1)), 0.1 * actions, axis=0), axis=0)
+        transitions = fisher_flow.Transitions.from_episodes(
+            [observations.astype(np.float32)], [actions], [-np.abs(observations[1:, 0])], [False]
+        )
+        agent = fisher_flow.OneStep(
+            flow=fisher_flow.BehaviourFlow(width_size=32, depth=2),
+            critic=fisher_flow.TemporalDifference(width_size=32, depth=2),
+        )
+        trained = fisher_flow.train(agent, transitions, 100, batch_size=32)
+        policy = trained.policy()
+        ```
+
+    **Arguments:**
+
+    - `agent`: what to train, for example [`fisher_flow.OneStep`][].
+    - `transitions`: the data. All of it is moved to the device.
+    - `num_updates`: the number of updates, those of an earlier run in `folder` included.
+
+    **Other arguments:**
+
+    - `seeds`: one training a seed, of the initial parameters and of all that is random. A seed
+        gives the same result whichever others it is trained beside, but for rounding.
+    - `batch_size`: the number of transitions in an update, drawn with replacement.
+    - `evaluate`: called as `evaluate(policy, seed)` for every seed; returns a dictionary of
+        numbers, which are logged.
+    - `evaluate_every`: the number of updates between evaluations; by default once, at the end.
+    - `folder`: where to write `train.csv` (the statistics that the agent logs, averaged over the
+        updates since the last row), `evaluations.csv` and checkpoints.
+    - `checkpoint_every`: the number of updates between checkpoints; by default a tenth of all.
+    - `log_every`: the number of updates between rows of the log.
+    - `loggers`: called as `logger(seed, updates, values)` with every row of either file, for
+        example [`fisher_flow.TensorBoard`][].
+    - `vectorise`: whether all seeds are trained at once, by `vmap`: faster on accelerators, but
+        not on CPUs, where by default they take turns.
+    - `progress`: whether to show a progress bar.
+
+    **Returns:**
+
+    A [`fisher_flow.Trained`][].
+
+    **Raises:**
+
+    - `ValueError` if an argument is not of its kind, actions are outside the agent's bounds, or
+        `folder` holds another run.
+    - `FloatingPointError` if the training diverges; checkpoints from before are kept.
+    """
+    check_instance("agent", agent, AbstractAgent, "fisher_flow.OneStep()")
+    check_instance("transitions", transitions, Transitions, "Transitions.from_episodes(...)")
+    if evaluate_every is None:
+        evaluate_every = num_updates
+    if checkpoint_every is None:
+        checkpoint_every = max(1, num_updates // 10)
+    for name, value, example in (
+        ("num_updates", num_updates, 100_000),
+        ("batch_size", batch_size, 256),
+        ("evaluate_every", evaluate_every, 10_000),
+        ("checkpoint_every", checkpoint_every, 10_000),
+        ("log_every", log_every, 1000),
+    ):
+        check_positive_integer(name, value, example)
+    seeds = tuple(int(seed) for seed in seeds)
+    if len(seeds) == 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"`seeds` must be one or more integers, all different, but got `{seeds}`. "
+            "Write `seeds=range(5)`."
+        )
+    _check_bounds(agent, transitions)
+    if vectorise is None:
+        vectorise = len(seeds) > 1 and jax.default_backend() != "cpu"
+
+    dtype = transitions.actions.dtype
+    data = jax.tree.map(jnp.asarray, transitions)
+    states = [agent.init(data[:1], key=jr.fold_in(jr.key(0), seed)) for seed in seeds]
+    start = 0
+    log = Log(folder, loggers)
+    checkpoints = None
+    if folder is not None:
+        described = _describe(agent, transitions, seeds, batch_size)
+        checkpoints = Checkpoints(folder, described)
+        restored = checkpoints.restore(states)
+        if restored is not None:
+            start, states = restored
+            if start > num_updates:
+                raise ValueError(
+                    f"`num_updates` must be at least the {start} updates that the run in "
+                    f"`{folder}` has already made, but got `{num_updates}`. Write "
+                    f"`num_updates={start}`, or name a new `folder`."
+                )
+    log.forget_after(start)
+
+    # Numbers as arrays: agents that differ in them alone share one compilation.
+    settings = jax.tree.map(lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, agent)
+    settled = _when_to_settle(num_updates)
+    observations = some_observations(transitions, 0)
+    stops = {num_updates, *settled} - {0}
+    for every in (log_every, evaluate_every, checkpoint_every):
+        stops |= set(range(every, num_updates, every))
+
+    from tqdm.auto import tqdm  # only here: it is slow to import
+
+    name = type(agent).__name__
+    with tqdm(total=num_updates, initial=start, desc=name, disable=not progress) as bar:
+        for stop in sorted(stop for stop in stops if stop > start):
+            if start in settled:
+                keys = [jr.fold_in(jr.fold_in(jr.key(2), seed), start) for seed in seeds]
+                states = [
+                    agent.settle(state, observations, key=key)
+                    for state, key in zip(states, keys, strict=True)
+                ]
+            span = (jnp.asarray(start), jnp.asarray(stop), jr.key(1))
+            if vectorise:
+                args = (settings, data, batch_size, jnp.asarray(seeds))
+                stacked, means = run_chunk(_update_all, args, _stack(states), *span)
+                means = jax.tree.map(np.asarray, means)
+                states = [_entry(stacked, i) for i in range(len(seeds))]
+                logs = [_entry(means, i) for i in range(len(seeds))]
+            else:
+                logs = []
+                for i, seed in enumerate(seeds):
+                    args = (settings, data, batch_size, jnp.asarray(seed))
+                    states[i], means = run_chunk(_update, args, states[i], *span)
+                    logs.append(means)
+            bar.update(stop - start)
+            start = stop
+            for seed, values in zip(seeds, logs, strict=True):
+                log.write("train", seed, stop, _finite_numbers(values, seed, stop))
+            bar.set_postfix({key: f"{float(value):.3g}" for key, value in logs[0].items()})
+            if evaluate is not None and (stop % evaluate_every == 0 or stop == num_updates):
+                for seed, state in zip(seeds, states, strict=True):
+                    policy = make_policy(agent, state, transitions, seed)
+                    log.write("evaluations", seed, stop, evaluate(policy, seed))
+            # After the rows of this update, so that no row before a checkpoint is ever missing.
+            if checkpoints is not None and (stop % checkpoint_every == 0 or stop == num_updates):
+                checkpoints.save(stop, states)
+    return Trained(agent, seeds, tuple(states), transitions, num_updates)
+
+
+def _update(args, state, key, step):
+    del step
+    agent, data, batch_size, seed = args
+    row_key, update_key = jr.split(jr.fold_in(key, seed))
+    rows = jr.randint(row_key, (batch_size,), 0, len(data))
+    batch = jax.tree.map(lambda column: column[rows], data)
+    return agent.update(state, batch, key=update_key)
+
+
+def _update_all(args, states, key, step):
+    agent, data, batch_size, seeds = args
+
+    def one(state, seed):
+        return _update((agent, data, batch_size, seed), state, key, step)
+
+    return eqx.filter_vmap(one)(states, seeds)
+
+
+def _when_to_settle(num_updates: int) -> set[int]:
+    return {0, 100, 200, 400, 800, *range(1000, num_updates, 1000)} & set(range(num_updates))
+
+
+def _stack(states: list[Any]) -> Any:
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves) if eqx.is_array(leaves[0]) else leaves[0], *states
+    )
+
+
+def _entry(stacked: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i] if eqx.is_array_like(leaf) else leaf, stacked)
+
+
+def _finite_numbers(values: dict[str, Any], seed: int, updates: int) -> dict[str, float]:
+    numbers = {key: float(value) for key, value in values.items()}
+    broken = [key for key, value in numbers.items() if not np.isfinite(value)]
+    if broken:
+        raise FloatingPointError(
+            f"The training with seed {seed} has diverged: {', '.join(broken)} not finite by update "
+            f"{updates}. The usual causes are (a) rewards that are not of order one: divide them "
+            "by their standard deviation; (b) observations that are not: use a "
+            "`fisher_flow.Normaliser`; (c) too large a `learning_rate`."
+        )
+    return numbers
+
+
+def _check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
+    flow = getattr(agent, "flow", None)
+    if not isinstance(flow, BehaviourFlow):
+        return
+    low, high = flow.bounds
+    least, most = float(np.min(transitions.actions)), float(np.max(transitions.actions))
+    if least < low - 1e-3 or most > high + 1e-3:
+        raise ValueError(
+            f"`transitions.actions` must lie within the agent's bounds {flow.bounds}, but they "
+            f"range from {least:.4g} to {most:.4g}. Rescale them to the bounds, and the "
+            "environment with `gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)`, or write "
+            f"`flow=BehaviourFlow(bounds=({least:.4g}, {most:.4g}))`."
+        )
+
+
+def _describe(
+    agent: AbstractAgent, transitions: Transitions, seeds: tuple[int, ...], batch_size: int
+) -> dict[str, str]:
+    """What has to be the same for a run to go on."""
+    checksum = 0
+    for leaf in jax.tree.leaves(transitions):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
+    return {
+        "agent": eqx.tree_pformat(agent, short_arrays=False),
+        "transitions": f"{len(transitions)} rows, checksum {checksum:08x}",
+        "seeds": str(list(seeds)),
+        "batch_size": str(batch_size),
+    }

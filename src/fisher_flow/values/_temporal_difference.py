@@ -1,0 +1,102 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from .._custom_types import Action, Data, Observation
+from .._misc import check_at_least, check_positive_integer, ravel_inputs
+from ._critic import QEnsemble
+
+
+class TemporalDifference(eqx.Module):
+    r"""How the critic of an agent is made and learned: by squared temporal differences,
+
+    $$\sum_i \bigl(Q_i(o, a) - y\bigr)^2, \qquad
+        y = r + \gamma\, m\, \operatorname{agg}_j \bar Q_j(o', a'),$$
+
+    towards targets $\bar Q_j$ that follow the members $Q_j$ slowly. Which $a'$ is taken is the
+    agent's affair.
+    """
+
+    num_members: int = eqx.field(static=True)
+    width_size: int = eqx.field(static=True)
+    depth: int = eqx.field(static=True)
+    aggregate: Callable[[Array], Array] = eqx.field(static=True)
+    discount: ScalarLike
+    target_rate: ScalarLike
+
+    def __init__(
+        self,
+        *,
+        num_members: int = 2,
+        width_size: int = 512,
+        depth: int = 4,
+        aggregate: Callable[[Array], Array] = jnp.mean,
+        discount: ScalarLike = 0.99,
+        target_rate: ScalarLike = 0.005,
+    ):
+        r"""**Arguments:**
+
+        - `num_members`: the number of networks, each with layer norm.
+        - `width_size`, `depth`: the hidden layers of each.
+        - `aggregate`: how the values of the members become one: `jax.numpy.mean`, or
+            `jax.numpy.min` for a pessimist.
+        - `discount`: the discount $\gamma$ of one step.
+        - `target_rate`: the share of the critic that enters its target at each update.
+        """
+        check_positive_integer("num_members", num_members, 2)
+        check_positive_integer("width_size", width_size, 512)
+        check_positive_integer("depth", depth, 4)
+        check_at_least("discount", discount, 0, 0.99)
+        check_at_least("target_rate", target_rate, 0, 0.005)
+        self.num_members = num_members
+        self.width_size = width_size
+        self.depth = depth
+        self.aggregate = aggregate
+        self.discount = discount
+        self.target_rate = target_rate
+
+    def init(self, observation: Observation, action: Action, *, key: PRNGKeyArray) -> QEnsemble:
+        """A critic for observations and actions like these."""
+        return QEnsemble(
+            ravel_inputs(observation).size,
+            action.size,
+            num_members=self.num_members,
+            width_size=self.width_size,
+            depth=self.depth,
+            aggregate=self.aggregate,
+            dtype=action.dtype,
+            key=key,
+        )
+
+    def target(
+        self,
+        rewards: Float[Data, " batch"],
+        masks: Float[Data, " batch"],
+        next_values: Float[Array, " batch"],
+    ) -> Float[Array, " batch"]:
+        r"""What the critic should say, $r + \gamma m V(o')$. No gradient passes through it."""
+        return lax.stop_gradient(jnp.asarray(rewards) + self.discount * masks * next_values)
+
+    def loss(
+        self,
+        critic: QEnsemble,
+        observations: PyTree[Any],
+        actions: Float[Data, "batch ..."],
+        targets: Float[Array, " batch"],
+    ) -> tuple[Scalar, dict[str, Scalar]]:
+        """The squared error, summed over the members and averaged over the batch; and logs."""
+        values = jax.vmap(critic.values)(observations, jnp.asarray(actions))
+        loss = jnp.mean(jnp.sum((values - targets[:, None]) ** 2, axis=1))
+        return loss, {"critic_loss": loss, "q_mean": jnp.mean(values), "q_max": jnp.max(values)}
+
+    def follow(self, target: Any, model: Any) -> Any:
+        r"""Moves a target network towards `model` by the share `target_rate`."""
+        new, static = eqx.partition(model, eqx.is_inexact_array)
+        old = eqx.filter(target, eqx.is_inexact_array)
+        return eqx.combine(optax.incremental_update(new, old, self.target_rate), static)

@@ -1,0 +1,267 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import fisher_flow as ff
+
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+agent = ff.OneStep(
+    flow=ff.BehaviourFlow(width_size=8, depth=1),
+    critic=ff.TemporalDifference(width_size=8, depth=1),
+)
+
+
+def transitions(num=60, seed=0):
+    rng = np.random.default_rng(seed)
+    o = rng.normal(size=(num, 2)).astype(np.float32)
+    a = rng.uniform(-1, 1, (num, 1)).astype(np.float32)
+    r = rng.normal(size=num).astype(np.float32)
+    return ff.Transitions(o, a, r, np.ones(num, np.float32), o[::-1].copy(), a[::-1].copy())
+
+
+def train(*args, **options):
+    options = dict(batch_size=8, log_every=10, progress=False) | options
+    return ff.train(*args, **options)
+
+
+def leaves(state):
+    return [np.asarray(x) for x in jax.tree.leaves(eqx.filter(state, eqx.is_array))]
+
+
+def same(x, y):
+    return all(np.array_equal(a, b) for a, b in zip(leaves(x), leaves(y), strict=True))
+
+
+def rows_of(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_it_is_the_loop_over_update_that_anyone_would_write():
+    data = transitions()
+    trained = train(agent, data, 7, seeds=[3])
+    device = jax.tree.map(jnp.asarray, data)
+    state = agent.init(device, key=jr.fold_in(jr.key(0), 3))
+    update = eqx.filter_jit(agent.update)
+    for step in range(7):
+        key = jr.fold_in(jr.fold_in(jr.key(1), step), 3)
+        row_key, update_key = jr.split(key)
+        rows = jr.randint(row_key, (8,), 0, len(data))
+        batch = jax.tree.map(lambda column, rows=rows: column[rows], device)
+        state, _ = update(state, batch, key=update_key)
+    for x, y in zip(leaves(trained.states[0]), leaves(state), strict=True):
+        assert np.allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_seed_does_not_depend_on_those_beside_it():
+    together = train(agent, transitions(), 25, seeds=[0, 1])
+    alone = train(agent, transitions(), 25, seeds=[1])
+    assert same(together.states[1], alone.states[0])
+    assert not same(together.states[0], together.states[1])
+    at_once = train(agent, transitions(), 25, seeds=[0, 1], vectorise=True)
+    for i in range(2):
+        for x, y in zip(leaves(at_once.states[i]), leaves(together.states[i]), strict=True):
+            assert np.allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_settings_that_are_numbers_share_one_compilation():
+    @eqx.filter_jit
+    @eqx.debug.assert_max_traces(max_traces=1)
+    def never_twice(agent):
+        return agent.critic.discount
+
+    class Counting(ff.AbstractAgent):
+        inner: ff.OneStep
+
+        def init(self, example, *, key):
+            return self.inner.init(example, key=key)
+
+        def update(self, state, batch, *, key):
+            never_twice(self.inner)
+            return self.inner.update(state, batch, key=key)
+
+        def policy(self, state, observations, *, key):
+            return self.inner.policy(state, observations, key=key)
+
+    for discount in (0.9, 0.99):
+        critic = ff.TemporalDifference(width_size=8, depth=1, discount=discount)
+        train(Counting(ff.OneStep(flow=agent.flow, critic=critic)), transitions(), 3)
+
+
+def test_logs_and_evaluations(tmp_path):
+    seen = []
+
+    def evaluate(policy, seed):
+        assert isinstance(policy, ff.BestOf)
+        return {"score": float(seed)}
+
+    train(
+        agent,
+        transitions(),
+        25,
+        seeds=[0, 4],
+        folder=tmp_path,
+        evaluate=evaluate,
+        evaluate_every=20,
+        loggers=[lambda seed, updates, values: seen.append((seed, updates, sorted(values)))],
+    )
+    names = ["critic_loss", "flow_loss", "q_max", "q_mean"]
+    table = rows_of(tmp_path / "train.csv")
+    assert [(row["seed"], row["updates"]) for row in table] == [
+        (seed, updates) for updates in "2 4 6 8 10 12 14 16 18 20 22 24 25".split() for seed in "04"
+    ]
+    assert all(np.isfinite(float(row[name])) for row in table for name in names)
+    assert [row["score"] for row in rows_of(tmp_path / "evaluations.csv")] == ["0.0", "4.0"] * 2
+    assert (4, 20, ["score"]) in seen and (0, 25, names) in seen
+    # What the results of a study are read from.
+    results = ff.Results.read(tmp_path / "evaluations.csv", task="none", method="one step")
+    assert np.array_equal(results.scores("one step"), [[0.0, 4.0]])
+
+
+def test_goes_on_to_the_same_numbers_after_more_updates(tmp_path):
+    once = train(agent, transitions(), 40, folder=tmp_path / "once", checkpoint_every=10)
+    train(agent, transitions(), 20, folder=tmp_path / "twice", checkpoint_every=10)
+    twice = train(agent, transitions(), 40, folder=tmp_path / "twice", checkpoint_every=10)
+    assert same(once.states, twice.states)
+    for file in ("train.csv", "run.json"):
+        first, second = (tmp_path / name / file for name in ("once", "twice"))
+        assert first.read_text() == second.read_text()
+
+
+script = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import fisher_flow as ff, numpy as np
+from test_train import agent, leaves, transitions
+
+def kill(seed, updates, values):
+    if updates == {kill_at} and "score" in values or updates == -{kill_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trained = ff.train(
+    ff.FisherDecorator.deflow(1, 0.1, flow=agent.flow, critic=agent.critic), transitions(), 300,
+    seeds=[0, 1],
+    batch_size=8, folder={folder!r}, log_every=50, checkpoint_every=100, evaluate_every=50,
+    evaluate=lambda policy, seed: dict(score=float(policy.displacement(np.zeros(2, "f"),
+                                                                      np.zeros(1, "f"))[0])),
+    loggers=[kill], progress=False,
+)
+np.savez({folder!r} + "/final.npz", *leaves(trained.states))
+"""
+
+
+def run(folder, kill_at):
+    code = script.format(tests=os.path.dirname(__file__), folder=str(folder), kill_at=kill_at)
+    environment = os.environ | {"JAX_ENABLE_X64": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize("kill_at", [250])
+def test_killed_it_resumes_to_the_same_bits(kill_at, tmp_path):
+    code, printed = run(tmp_path / "whole", kill_at=-1)
+    assert code == 0, printed
+    code, printed = run(tmp_path / "killed", kill_at)
+    assert code == -signal.SIGKILL, printed
+    assert len(rows_of(tmp_path / "killed" / "train.csv")) > 0
+    assert not (tmp_path / "killed" / "final.npz").exists()
+    # As if it had been killed in the midst of writing, too.
+    (tmp_path / "killed" / "checkpoints" / "300.orbax-checkpoint-tmp").mkdir()
+    with open(tmp_path / "killed" / "train.csv", "a") as stream:
+        stream.write("0,3")
+    code, printed = run(tmp_path / "killed", kill_at=-1)
+    assert code == 0, printed
+    for file in ("train.csv", "evaluations.csv"):
+        whole, killed = (tmp_path / name / file for name in ("whole", "killed"))
+        assert whole.read_text() == killed.read_text()
+    whole, killed = (np.load(tmp_path / name / "final.npz") for name in ("whole", "killed"))
+    assert len(whole.files) > 50
+    assert all(np.array_equal(whole[name], killed[name]) for name in whole.files)
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path):
+    train(agent, transitions(), 10, folder=tmp_path)
+    for other, options, name in (
+        (ff.OneStep(flow=agent.flow, critic=agent.critic, num_candidates=4), {}, "agent"),
+        (agent, {"seeds": [1]}, "seeds"),
+        (agent, {"batch_size": 4}, "batch_size"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)other `{name}`.*_2'`"):
+            train(other, transitions(), 10, folder=tmp_path, **options)
+    with pytest.raises(ValueError, match="(?s)other `transitions`.*checksum"):
+        train(agent, transitions(seed=1), 10, folder=tmp_path)
+    with pytest.raises(ValueError, match="`num_updates` must be at least the 10"):
+        train(agent, transitions(), 5, folder=tmp_path)
+
+
+def test_divergence_is_reported_and_the_checkpoint_before_it_is_kept(tmp_path):
+    class Diverging(ff.AbstractAgent):
+        def init(self, example, *, key):
+            return jnp.zeros((), jnp.int32)
+
+        def update(self, state, batch, *, key):
+            return state + 1, {"loss": jnp.where(state < 15, 1.0, jnp.nan)}
+
+        def policy(self, state, observations, *, key):
+            raise NotImplementedError
+
+    with pytest.raises(FloatingPointError, match=r"(?s)seed 0 has diverged: loss .*by update 20"):
+        train(Diverging(), transitions(), 40, folder=tmp_path, checkpoint_every=10)
+    assert os.listdir(tmp_path / "checkpoints") == ["10"]
+
+
+def outside():
+    data = transitions()
+    return eqx.tree_at(lambda t: t.actions, data, 3 * data.actions)
+
+
+def unknown_successors():
+    return eqx.tree_at(lambda t: t.next_actions, transitions(), None)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: train(agent, transitions(), 0), "`num_updates=100000`"),
+        (lambda: train(agent, transitions(), 1, seeds=[]), r"`seeds=range\(5\)`"),
+        (lambda: train(agent, transitions(), 1, seeds=[1, 1]), "all different"),
+        (lambda: train(agent, outside(), 1), r"range from .*`flow=BehaviourFlow\(bounds="),
+        (lambda: train(agent, unknown_successors(), 1), "`next_actions` for `OneStep`"),
+        (lambda: train(agent, transitions(), 1).policy(7), r"`trained.policy\(0\)`"),
+    ],
+)
+def test_messages(call, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()
+
+
+def test_tensorboard(tmp_path):
+    logger = ff.TensorBoard(tmp_path)
+    train(agent, transitions(), 20, loggers=[logger])
+    (file,) = (tmp_path / "seed_0").iterdir()
+    assert b"critic_loss" in file.read_bytes()
+
+
+def test_normalised_policy(getkey):
+    data = transitions()
+    data = eqx.tree_at(lambda t: t.observations, data, 5 + 3 * data.observations)
+    normaliser = ff.Normaliser.of(data)
+    policy = train(agent, normaliser.transitions(data), 5).policy()
+    key = getkey()
+    outer = ff.NormalisedPolicy(policy, normaliser).sample(data.observations[0], key=key)
+    inner = policy.sample(normaliser.transitions(data).observations[0], key=key)
+    assert np.allclose(outer, inner, atol=1e-5)
