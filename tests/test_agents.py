@@ -382,7 +382,7 @@ def test_moves_towards_the_best_action(agent, least):
 
 
 def test_moves_as_far_as_the_radius_allows():
-    agent = ff.FisherDecorator(radius=0.5, **small)
+    agent = ff.FisherDecorator(radius=0.5, num_candidates=1, **small)
     trained = ff.train(agent, bandit(), 1500, batch_size=128, progress=False)
     policy = trained.policy()
     assert 0.1 < mean_action(policy) < 0.75

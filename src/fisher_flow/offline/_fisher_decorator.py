@@ -85,7 +85,7 @@ class FisherDecorator(AbstractAgent):
         flow: BehaviourFlow = BehaviourFlow(),
         critic: TemporalDifference = TemporalDifference(),
         from_data: bool = False,
-        num_candidates: int = 1,
+        num_candidates: int = 8,
         learning_rate: ScalarLike = 3e-4,
     ):
         r"""**Arguments:**
@@ -100,8 +100,8 @@ class FisherDecorator(AbstractAgent):
         - `from_data`: whether the residual is trained on the actions of the data, which are
             samples of the behaviour policy too, instead of samples of the flow. That saves both
             rollouts of an update.
-        - `num_candidates`: the number of actions of which the best by the critic is taken when the
-            policy acts; 1 for none.
+        - `num_candidates`: the number of refined actions of which the best by the critic is taken
+            when the policy acts: no local map can change mode. 1 for none.
         - `learning_rate`: the rate of Adam for the critic and the residual.
         """
         check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")
@@ -117,8 +117,11 @@ class FisherDecorator(AbstractAgent):
 
     @staticmethod
     def paper(radius: ScalarLike = 0.001, **options: Any) -> "FisherDecorator":
-        """As in the paper: the rank-one Fisher matrix, with its score at time 0.8."""
-        return FisherDecorator(ScoreOuterProduct(PaperScore(0.8)), radius, **options)
+        """As in the paper: the rank-one Fisher matrix, with its score at time 0.8, and the first
+        action that is drawn."""
+        return FisherDecorator(
+            ScoreOuterProduct(PaperScore(0.8)), radius, **{"num_candidates": 1, **options}
+        )
 
     @staticmethod
     def released(
@@ -127,7 +130,7 @@ class FisherDecorator(AbstractAgent):
         """As in the authors' released code: the Fisher matrix of a state, averaged over samples,
         damped and divided by its trace. The score is the paper's; that of the code is none."""
         metric = AveragedFisher(PaperScore(0.8), num_samples)
-        return FisherDecorator(metric, radius, **options)
+        return FisherDecorator(metric, radius, **{"num_candidates": 1, **options})
 
     @staticmethod
     def deflow(
@@ -136,7 +139,8 @@ class FisherDecorator(AbstractAgent):
         """DeFlow: the mean over the entries of an action of the squared displacement is held to
         `divergence`."""
         check_positive_integer("action_size", action_size, 5)
-        return FisherDecorator(Euclidean(), 0.5 * action_size * divergence, **options)
+        radius = 0.5 * action_size * divergence
+        return FisherDecorator(Euclidean(), radius, **{"num_candidates": 1, **options})
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> FisherDecoratorState:
         if self.from_data:
