@@ -29,17 +29,16 @@ def main() -> None:
         for row in csv.DictReader(stream):
             rows[row["task"]][row["method"]].append(row)
     for task, methods in rows.items():
-        print(f"\n| {task} | seeds | return | best of 8 | KL (nats) | seconds |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print(f"\n| {task} | seeds | return | best of 8 | KL (nats) |")
+        print("| --- | --- | --- | --- | --- |")
         for method, runs in methods.items():
             column = {
                 name: np.array([float(run[name]) for run in runs])
-                for name in ("score", "best_of_8", "kl", "seconds")
+                for name in ("score", "best_of_8", "kl")
             }
             kl = "" if np.isnan(column["kl"]).any() else f"{column['kl'].mean():.2f}"
-            seconds = f"{column['seconds'].mean():.0f}"
             print(f"| {method} | {len(runs)} | {cell(column['score'])} | "
-                  f"{cell(column['best_of_8'])} | {kl} | {seconds} |")  # fmt: skip
+                  f"{cell(column['best_of_8'])} | {kl} |")  # fmt: skip
 
 
 if __name__ == "__main__":
