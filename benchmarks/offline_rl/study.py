@@ -114,7 +114,8 @@ def study(task: str, args: argparse.Namespace, done: set[tuple[str, str, int]]) 
         for seed, state in zip(missing, trained.states, strict=True):
             critic = state.critic.model
             record(method, seed, trained.policy(seed), critic, seconds)
-            if method == f"one step, {RADII[0]} nats":  # its flow is the behaviour's
+            # Its flow is the behaviour's.
+            if isinstance(agent, fisher_flow.OneStep) and method.endswith(f" {RADII[0]} nats"):
                 record("behaviour flow", seed, agent.flow.policy(state.flow), critic, seconds)
     envs.close()
 
