@@ -267,14 +267,14 @@ def euclidean_cost(field, δ, o, a):
     return 0.5 * jnp.sum(mlp(δ, o, a) ** 2)
 
 
-@pytest.mark.parametrize("from_data", [False, True])
 @pytest.mark.parametrize(
-    "make, cost_of_one",
+    "make, cost_of_one, from_data",
     [
-        (lambda **options: ff.FisherDecorator(radius=0.3, **options), fisher_rao_cost),
-        (lambda **options: ff.FisherDecorator.deflow(2, 0.3, **options), euclidean_cost),
+        (lambda **options: ff.FisherDecorator(radius=0.3, **options), fisher_rao_cost, False),
+        (lambda **options: ff.FisherDecorator.deflow(2, 0.3, **options), euclidean_cost, False),
+        (lambda **options: ff.FisherDecorator.deflow(2, 0.3, **options), euclidean_cost, True),
     ],
-    ids=["Fisher-Rao", "DeFlow"],
+    ids=["Fisher-Rao", "DeFlow", "DeFlow, actions of the data"],
 )
 def test_fisher_decorator(make, cost_of_one, from_data, batch, getkey):
     agent = make(flow=flow, critic=critic, from_data=from_data)

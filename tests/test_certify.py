@@ -92,7 +92,7 @@ def test_plots(report):
     assert sum(bar.get_height() for bar in right.patches) == report.num_actions
 
 
-@pytest.mark.parametrize("n", [2, 16])
+@pytest.mark.parametrize("n", [8])
 def test_totals_of_a_choice_after_a_step(n):
     # On the line with a linear critic the step is a translation, and after it BestOf keeps the
     # largest of n: the density n F^(n - 1) p of the translated Gaussian, here by quadrature.
