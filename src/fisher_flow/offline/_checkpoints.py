@@ -49,6 +49,10 @@ class Checkpoints:
         self._manager.save(updates, args=self._ocp.args.StandardSave(tree))
         self._manager.wait_until_finished()
 
+    def close(self) -> None:
+        """Ends the threads that wrote them."""
+        self._manager.close()
+
     def restore(self, states: list[Any]) -> tuple[int, list[Any]] | None:
         """The number of updates made and the states then; `None` if nothing was saved."""
         updates = self._manager.latest_step()

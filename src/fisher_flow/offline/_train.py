@@ -236,6 +236,8 @@ def train(
             # After the rows of this update, so that no row before a checkpoint is ever missing.
             if checkpoints is not None and (stop % checkpoint_every == 0 or stop == num_updates):
                 checkpoints.save(stop, states)
+    if checkpoints is not None:
+        checkpoints.close()
     return Trained(agent, seeds, tuple(states), transitions, num_updates)
 
 
