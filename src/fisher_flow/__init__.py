@@ -88,10 +88,15 @@ from .refinement import (
     Residual as Residual,
 )
 from .values import (
+    AbstractCriticLearning as AbstractCriticLearning,
     CategoricalCritic as CategoricalCritic,
+    CategoricalEnsemble as CategoricalEnsemble,
     Ensemble as Ensemble,
     fit_critic as fit_critic,
+    FlowEnsemble as FlowEnsemble,
+    HLGauss as HLGauss,
     LowerConfidenceBound as LowerConfidenceBound,
     QEnsemble as QEnsemble,
     TemporalDifference as TemporalDifference,
+    ValueFlow as ValueFlow,
 )

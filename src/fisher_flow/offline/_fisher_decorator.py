@@ -23,14 +23,14 @@ from ..geometry import (
 from ..refinement import BestOf, RefinedPolicy, Residual
 from ..refinement._refine import calibrate, has_open_score, is_open
 from ..refinement._residual import NetworkDisplacement, zero_network
-from ..values import QEnsemble, TemporalDifference
+from ..values import AbstractCriticLearning, TemporalDifference
 from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner, require_next_actions
 
 
 class FisherDecoratorState(eqx.Module):
     flow: Learner
     critic: Learner
-    target_critic: QEnsemble
+    target_critic: Any
     residual: Learner
     log_dual: Scalar
     metric: AbstractMetric
@@ -70,7 +70,7 @@ class FisherDecorator(AbstractAgent):
     """  # noqa: E501
 
     flow: BehaviourFlow
-    critic: TemporalDifference
+    critic: AbstractCriticLearning
     metric: AbstractMetric
     radius: ScalarLike
     from_data: bool = eqx.field(static=True)
@@ -83,7 +83,7 @@ class FisherDecorator(AbstractAgent):
         radius: ScalarLike = 0.5,
         *,
         flow: BehaviourFlow = BehaviourFlow(),
-        critic: TemporalDifference = TemporalDifference(),
+        critic: AbstractCriticLearning = TemporalDifference(),
         from_data: bool = False,
         num_candidates: int = 8,
         learning_rate: ScalarLike = 3e-4,
@@ -96,7 +96,7 @@ class FisherDecorator(AbstractAgent):
         **Other arguments:**
 
         - `flow`: the behaviour flow. Its widths are those of the residual too.
-        - `critic`: the critic.
+        - `critic`: how the critic is made and learned.
         - `from_data`: whether the residual is trained on the actions of the data, which are
             samples of the behaviour policy too, instead of samples of the flow. That saves both
             rollouts of an update.
@@ -176,6 +176,8 @@ class FisherDecorator(AbstractAgent):
         self, state: FisherDecoratorState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[FisherDecoratorState, dict[str, Scalar]]:
         flow_key, next_key, base_key, cost_key = jr.split(key, 4)
+        # Folded in, so that the other keys do not depend on the critic.
+        sample_key, critic_key = jr.split(jr.fold_in(key, 1))
         o, next_o = batch.observations, batch.next_observations
         π = self.flow.policy(state.flow)
         δ = state.residual.model
@@ -189,12 +191,12 @@ class FisherDecorator(AbstractAgent):
             next_a = draw(next_o, jr.split(next_key, len(batch)))
 
         moved = π.project(next_a + jax.vmap(δ)(next_o, next_a))
-        next_q = jax.vmap(state.target_critic)(next_o, moved)
+        next_q = self.critic.next_values(state.target_critic, next_o, moved, key=sample_key)
         y = self.critic.target(batch.rewards, batch.masks, next_q)
 
         @eqx.filter_grad(has_aux=True)
         def critic_gradient(critic):
-            return self.critic.loss(critic, o, batch.actions, y)
+            return self.critic.loss(critic, o, batch.actions, y, key=critic_key)
 
         gradient, critic_logs = critic_gradient(state.critic.model)
         critic = state.critic.step(gradient, self._optimiser())

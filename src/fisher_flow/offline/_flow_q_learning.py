@@ -13,7 +13,7 @@ from .._misc import check_at_least, check_positive_integer, ravel_inputs
 from ..data import Transitions
 from ..flows import AbstractPolicy
 from ..refinement import BestOf
-from ..values import QEnsemble, TemporalDifference
+from ..values import AbstractCriticLearning, TemporalDifference
 from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner
 
 
@@ -42,7 +42,7 @@ class OneStepNetwork(AbstractPolicy):
 class FlowQState(eqx.Module):
     flow: Learner
     critic: Learner
-    target_critic: QEnsemble
+    target_critic: Any
     actor: Learner
 
 
@@ -71,7 +71,7 @@ class FlowQLearning(AbstractAgent):
     """
 
     flow: BehaviourFlow
-    critic: TemporalDifference
+    critic: AbstractCriticLearning
     coefficient: ScalarLike
     normalise_q: bool = eqx.field(static=True)
     num_candidates: int = eqx.field(static=True)
@@ -81,7 +81,7 @@ class FlowQLearning(AbstractAgent):
         self,
         *,
         flow: BehaviourFlow = BehaviourFlow(),
-        critic: TemporalDifference = TemporalDifference(),
+        critic: AbstractCriticLearning = TemporalDifference(),
         coefficient: ScalarLike = 1.0,
         normalise_q: bool = True,
         num_candidates: int = 1,
@@ -90,7 +90,7 @@ class FlowQLearning(AbstractAgent):
         r"""**Arguments:**
 
         - `flow`: the behaviour flow. Its widths are those of the actor too.
-        - `critic`: the critic.
+        - `critic`: how the critic is made and learned.
         - `coefficient`: the weight $\alpha$ of the distillation. It has to be tuned to each task.
         - `normalise_q`: whether to divide by the mean of $|Q|$.
         - `num_candidates`: the number of actions of which the best by the critic is taken when the
@@ -132,18 +132,22 @@ class FlowQLearning(AbstractAgent):
         self, state: FlowQState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[FlowQState, dict[str, Scalar]]:
         flow_key, next_key, noise_key = jr.split(key, 3)
+        # Folded in, so that the other keys do not depend on the critic.
+        sample_key, critic_key = jr.split(jr.fold_in(key, 1))
         optimiser = adam(self.learning_rate)
         μ: OneStepNetwork = state.actor.model
         flow, flow_loss = self.flow.update(state.flow, batch, key=flow_key)
 
         next_keys = jr.split(next_key, len(batch))
         next_a = jax.vmap(lambda o, key: μ.sample(o, key=key))(batch.next_observations, next_keys)
-        next_q = jax.vmap(state.target_critic)(batch.next_observations, next_a)
+        next_q = self.critic.next_values(
+            state.target_critic, batch.next_observations, next_a, key=sample_key
+        )
         y = self.critic.target(batch.rewards, batch.masks, next_q)
 
         @eqx.filter_grad(has_aux=True)
         def critic_gradient(critic):
-            return self.critic.loss(critic, batch.observations, batch.actions, y)
+            return self.critic.loss(critic, batch.observations, batch.actions, y, key=critic_key)
 
         gradient, critic_logs = critic_gradient(state.critic.model)
         critic = state.critic.step(gradient, optimiser)

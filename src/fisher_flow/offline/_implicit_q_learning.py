@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from .._misc import check_at_least, check_positive_integer, ravel_inputs
 from ..data import Transitions
 from ..flows import AbstractPolicy
 from ..refinement import AbstractRefinement, BestOf, refine
-from ..values import QEnsemble, TemporalDifference
+from ..values import AbstractCriticLearning, TemporalDifference
 from ..values._critic import QNetwork
 from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner
 
@@ -16,7 +18,7 @@ from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner
 class ImplicitQState(eqx.Module):
     flow: Learner
     critic: Learner
-    target_critic: QEnsemble
+    target_critic: Any
     value: Learner
 
 
@@ -55,7 +57,7 @@ class ImplicitQLearning(AbstractAgent):
     """
 
     flow: BehaviourFlow
-    critic: TemporalDifference
+    critic: AbstractCriticLearning
     expectile: ScalarLike
     refinement: AbstractRefinement | None
     num_candidates: int = eqx.field(static=True)
@@ -65,7 +67,7 @@ class ImplicitQLearning(AbstractAgent):
         self,
         *,
         flow: BehaviourFlow = BehaviourFlow(),
-        critic: TemporalDifference = TemporalDifference(),
+        critic: AbstractCriticLearning = TemporalDifference(),
         expectile: ScalarLike = 0.9,
         refinement: AbstractRefinement | None = None,
         num_candidates: int = 32,
@@ -74,7 +76,7 @@ class ImplicitQLearning(AbstractAgent):
         r"""**Arguments:**
 
         - `flow`: the behaviour flow.
-        - `critic`: the critic.
+        - `critic`: how the critic is made and learned.
         - `expectile`: the expectile $\kappa$ between 0 and 1; 1/2 is the mean.
         - `refinement`: the `method` of [`fisher_flow.refine`][]; `None` for none.
         - `num_candidates`: the number of actions of which the best by the critic is taken.
@@ -107,6 +109,8 @@ class ImplicitQLearning(AbstractAgent):
         self, state: ImplicitQState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[ImplicitQState, dict[str, Scalar]]:
         optimiser = adam(self.learning_rate)
+        # Folded in, so that the key of the flow does not depend on the critic.
+        critic_key = jr.fold_in(key, 1)
         flow, flow_loss = self.flow.update(state.flow, batch, key=key)
 
         q = jax.vmap(state.target_critic)(batch.observations, jnp.asarray(batch.actions))
@@ -127,7 +131,7 @@ class ImplicitQLearning(AbstractAgent):
 
         @eqx.filter_grad(has_aux=True)
         def critic_gradient(critic):
-            return self.critic.loss(critic, batch.observations, batch.actions, y)
+            return self.critic.loss(critic, batch.observations, batch.actions, y, key=critic_key)
 
         gradient, critic_logs = critic_gradient(state.critic.model)
         critic = state.critic.step(gradient, optimiser)

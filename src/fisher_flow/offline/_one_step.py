@@ -1,5 +1,6 @@
+from typing import Any
+
 import equinox as eqx
-import jax
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
@@ -7,14 +8,14 @@ from .._misc import check_positive_integer
 from ..data import Transitions
 from ..flows import AbstractPolicy
 from ..refinement import AbstractRefinement, BestOf, NaturalStep, refine
-from ..values import QEnsemble, TemporalDifference
+from ..values import AbstractCriticLearning, TemporalDifference
 from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner, require_next_actions
 
 
 class OneStepState(eqx.Module):
     flow: Learner
     critic: Learner
-    target_critic: QEnsemble
+    target_critic: Any
 
 
 class OneStep(AbstractAgent):
@@ -46,7 +47,7 @@ class OneStep(AbstractAgent):
     """
 
     flow: BehaviourFlow
-    critic: TemporalDifference
+    critic: AbstractCriticLearning
     refinement: AbstractRefinement | None
     num_candidates: int = eqx.field(static=True)
     learning_rate: ScalarLike
@@ -55,7 +56,7 @@ class OneStep(AbstractAgent):
         self,
         *,
         flow: BehaviourFlow = BehaviourFlow(),
-        critic: TemporalDifference = TemporalDifference(),
+        critic: AbstractCriticLearning = TemporalDifference(),
         refinement: AbstractRefinement | None = NaturalStep(),
         num_candidates: int = 8,
         learning_rate: ScalarLike = 3e-4,
@@ -63,7 +64,7 @@ class OneStep(AbstractAgent):
         """**Arguments:**
 
         - `flow`: the behaviour flow.
-        - `critic`: the critic.
+        - `critic`: how the critic is made and learned.
         - `refinement`: the `method` of [`fisher_flow.refine`][]; `None` for none.
         - `num_candidates`: the number of refined actions of which the best by the critic is taken;
             1 for none.
@@ -89,14 +90,18 @@ class OneStep(AbstractAgent):
     def update(
         self, state: OneStepState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[OneStepState, dict[str, Scalar]]:
+        # Folded in, so that the other keys do not depend on the critic.
+        sample_key, critic_key = jr.split(jr.fold_in(key, 1))
         flow, flow_loss = self.flow.update(state.flow, batch, key=key)
 
-        next_q = jax.vmap(state.target_critic)(batch.next_observations, batch.next_actions)
+        next_q = self.critic.next_values(
+            state.target_critic, batch.next_observations, batch.next_actions, key=sample_key
+        )
         y = self.critic.target(batch.rewards, batch.masks, next_q)
 
         @eqx.filter_grad(has_aux=True)
         def critic_gradient(critic):
-            return self.critic.loss(critic, batch.observations, batch.actions, y)
+            return self.critic.loss(critic, batch.observations, batch.actions, y, key=critic_key)
 
         gradient, logs = critic_gradient(state.critic.model)
         critic = state.critic.step(gradient, adam(self.learning_rate))

@@ -20,9 +20,19 @@ class QNetwork(eqx.Module):
 
     layers: list[eqx.nn.Linear]
     norms: list[eqx.nn.LayerNorm]
+    output_size: int | None = eqx.field(static=True)  # `None` for a scalar
 
-    def __init__(self, input_size: int, width_size: int, depth: int, dtype: Any, key: PRNGKeyArray):
-        sizes = [input_size, *[width_size] * depth, 1]
+    def __init__(
+        self,
+        input_size: int,
+        width_size: int,
+        depth: int,
+        dtype: Any,
+        key: PRNGKeyArray,
+        output_size: int | None = None,
+    ):
+        self.output_size = output_size
+        sizes = [input_size, *[width_size] * depth, output_size or 1]
         keys = jr.split(key, len(sizes) - 1)
         self.layers = [
             eqx.nn.Linear(fan_in, fan_out, dtype=dtype, key=key)
@@ -30,11 +40,12 @@ class QNetwork(eqx.Module):
         ]
         self.norms = [eqx.nn.LayerNorm(size, dtype=dtype) for size in sizes[1:-1]]
 
-    def __call__(self, inputs: Float[Array, " inputs"]) -> Scalar:
+    def __call__(self, inputs: Float[Array, " inputs"]) -> Float[Array, "..."]:
         *hidden, last = self.layers
         for layer, norm in zip(hidden, self.norms, strict=True):
             inputs = jax.nn.gelu(norm(layer(inputs)))
-        return last(inputs)[0]
+        outputs = last(inputs)
+        return outputs[0] if self.output_size is None else outputs
 
 
 class QEnsemble(eqx.Module):

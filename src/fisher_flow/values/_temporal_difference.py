@@ -4,16 +4,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Data, Observation
 from .._misc import check_at_least, check_positive_integer, ravel_inputs
 from ._critic import QEnsemble
+from ._critic_learning import AbstractCriticLearning
 
 
-class TemporalDifference(eqx.Module):
+class TemporalDifference(AbstractCriticLearning):
     r"""How the critic of an agent is made and learned: by squared temporal differences,
 
     $$\sum_i \bigl(Q_i(o, a) - y\bigr)^2, \qquad
@@ -74,29 +73,17 @@ class TemporalDifference(eqx.Module):
             key=key,
         )
 
-    def target(
-        self,
-        rewards: Float[Data, " batch"],
-        masks: Float[Data, " batch"],
-        next_values: Float[Array, " batch"],
-    ) -> Float[Array, " batch"]:
-        r"""What the critic should say, $r + \gamma m V(o')$. No gradient passes through it."""
-        return lax.stop_gradient(jnp.asarray(rewards) + self.discount * masks * next_values)
-
     def loss(
         self,
         critic: QEnsemble,
         observations: PyTree[Any],
         actions: Float[Data, "batch ..."],
         targets: Float[Array, " batch"],
+        *,
+        key: PRNGKeyArray,
     ) -> tuple[Scalar, dict[str, Scalar]]:
         """The squared error, summed over the members and averaged over the batch; and logs."""
+        del key
         values = jax.vmap(critic.values)(observations, jnp.asarray(actions))
         loss = jnp.mean(jnp.sum((values - targets[:, None]) ** 2, axis=1))
         return loss, {"critic_loss": loss, "q_mean": jnp.mean(values), "q_max": jnp.max(values)}
-
-    def follow(self, target: Any, model: Any) -> Any:
-        r"""Moves a target network towards `model` by the share `target_rate`."""
-        new, static = eqx.partition(model, eqx.is_inexact_array)
-        old = eqx.filter(target, eqx.is_inexact_array)
-        return eqx.combine(optax.incremental_update(new, old, self.target_rate), static)
