@@ -25,7 +25,7 @@ def test_histogram(dtype):
     p = jax.vmap(learning.histogram)(targets)
     assert p.dtype == dtype and np.allclose(p.sum(axis=1), 1, atol=1e-5)
     atoms = np.linspace(-2, 3, 51)
-    assert np.allclose(p[:3] @ atoms, targets[:3], atol=1e-4)
+    assert np.allclose(np.asarray(p[:3]) @ atoms, targets[:3], atol=1e-4)
     edges = np.append(atoms - 0.05, 3.05)
     expected = np.diff(norm.cdf(edges, 0.03, 0.075))
     assert np.allclose(p[1], expected, atol=1e-5)
