@@ -175,6 +175,13 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and the half-width of its 95% t-interval."""
+    n = len(values)
+    width = scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values) if n > 1 else math.nan
+    return float(np.mean(values)), float(width)
+
+
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, each with the half-width of its 95% t-interval; the median of seconds."""
     summary = []
@@ -183,10 +190,9 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         seconds = float(np.median([row["seconds"] for row in group]))
         mean = dict(radius=radius, method=name, seconds=seconds)
         for column in COLUMNS:
-            values = [row[column] for row in group]
-            n = len(values)
-            width = scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values) if n > 1 else math.nan
-            mean[column], mean[column + "_interval"] = float(np.mean(values)), float(width)
+            mean[column], mean[column + "_interval"] = mean_and_interval(
+                [row[column] for row in group]
+            )
         summary.append(mean)
     return summary
 

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -13,6 +15,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling takes most of the time of the suite, and its arrays are small.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["XLA_FLAGS"] = "--xla_llvm_disable_expensive_passes=true"  # read by the first program
 
 
 class _GetKey:

@@ -106,7 +106,8 @@ def refine(
         check_equal_lengths(observations=observations, actions=actions)
     if observations is not None:
         batch_length("observations", observations)
-        method = calibrate(method, policy, observations, actions, jr.fold_in(key, 0))
+        calibration_key, key = jr.split(key)
+        method = calibrate(method, policy, observations, actions, calibration_key)
     field = method.fit(policy, critic, observations, key=key)
     return RefinedPolicy(policy, critic, field, method)
 
@@ -133,19 +134,22 @@ def calibrate(
     draw_key, key = jr.split(key)
     if actions is None:
         observations, actions = _draw(policy.flow_policy, observations, draw_key)
-    score = calibrate_score(policy, observations, actions, num_actions=4096, key=key)
+    score = calibrate_score(policy, observations, actions, key=key)
     return jax.tree.map(lambda x: score if is_open(x) else x, method, is_leaf=is_open)
+
+
+_num_drawn = 8192  # as many as `calibrate_score` uses
 
 
 @eqx.filter_jit
 def _draw(policy, observations, key):
     row_key, action_key = jr.split(key)
-    rows = jr.randint(row_key, (4096,), 0, batch_length("observations", observations))
+    rows = jr.randint(row_key, (_num_drawn,), 0, batch_length("observations", observations))
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
 
     def draw(row):
         observation, key = row
         return policy.draw(observation, key=key)
 
-    keys = jr.split(action_key, 4096)
+    keys = jr.split(action_key, _num_drawn)
     return observations, lax.map(draw, (observations, keys), batch_size=256)
