@@ -220,7 +220,7 @@ def test_flow_q_learning(normalise_q, batch, getkey):
     shape, dtype = batch.actions.shape, batch.actions.dtype
 
     next_z = jax.vmap(lambda key: jr.normal(key, shape[1:], dtype))(jr.split(next_key, rows))
-    next_a = jax.vmap(lambda o, z: clip(mlp(μ.network, o, z)))(batch.next_observations, next_z)
+    next_a = jax.vmap(lambda o, z: clip(mlp(μ.network.mlp, o, z)))(batch.next_observations, next_z)
     next_q = jax.vmap(lambda o, a: q_min(state.target_critic, o, a))(
         batch.next_observations, next_a
     )
@@ -233,7 +233,7 @@ def test_flow_q_learning(normalise_q, batch, getkey):
 
     def actor_loss(μ):
         def one(o, z):
-            a = mlp(μ.network, o, z)
+            a = mlp(μ.network.mlp, o, z)
             taught = sg(clip(integrate(state.flow.model, o, z)))
             return jnp.mean((a - taught) ** 2), q_min(state.critic.model, o, clip(a))
 

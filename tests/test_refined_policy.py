@@ -92,8 +92,25 @@ def test_where_there_is_no_inverse_there_is_no_density():
     refined = ff.RefinedPolicy(policy, critic, field, natural_step(jnp.float64))
     action = jnp.zeros(1)
     assert np.isnan(refined.inverse(o, action)).all()
+    with pytest.raises(Exception, match="folds near `action`.*lower `radius`"):
+        refined.inverse(o, action, throw=True)
     assert np.isnan(refined.log_prob(o, action))
     assert np.isnan(ff.PerturbedScore()(refined, o, action)).all()
+
+
+class _Backwards(ff.AbstractDisplacement):
+    """a ↦ -2 a, which turns the line around."""
+
+    def __call__(self, policy, critic, observation, action):
+        return -3 * action
+
+
+def test_a_preimage_in_a_fold_is_no_inverse():
+    method = natural_step(jnp.float64)
+    refined = ff.RefinedPolicy(
+        shifted_policy(bimodal_1d()), Critic([1.0], jnp.float64), _Backwards(), method
+    )
+    assert np.isnan(refined.inverse(o, jnp.ones(1))).all()
 
 
 @pytest.mark.parametrize("length", [2])
@@ -104,6 +121,30 @@ def test_score_is_the_gradient_of_the_log_density(length, policies):
     gradients = jax.jit(jax.vmap(jax.grad(lambda a: policy.log_prob(o, a))))(actions)
     # `log_prob` is integrated with a tolerance of 1e-7 a step.
     assert np.allclose(scores, gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_drawn_with_its_log_density(policies):
+    policy, key = policies[2], jr.key(3)
+    action, log_p = policy.draw_and_log_prob(o, key=key)
+    assert np.allclose(action, policy.draw(o, key=key), rtol=1e-12)
+    assert np.allclose(log_p, policy.log_prob(o, action), atol=1e-6)  # that one by inverting
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_kl_from_the_flow(known, policies, log_probs):
+    """Of the second map after the first, from the flow on: by quadrature of their densities."""
+    _, before, after = policies
+    measure = ff.TransportKL(ff.PerturbedScore(time=0.99), from_flow=True)
+
+    def terms(key):
+        b = before.flow_policy.draw(o, key=key)
+        a = before.from_flow(o, b)
+        δ, J = measure.linearise(before, lambda a: after.displacement(o, a), a)
+        return measure.terms(before, o, a, δ, J, b if known else None)
+
+    kls = eqx.filter_jit(lambda keys: jax.lax.map(terms, keys))(jr.split(jr.key(4), 2048)).kl
+    kl = jnp.sum(jnp.exp(log_probs[2]) * (log_probs[2] - log_probs[0])) * step
+    assert kl > 1.5 * radius and within(kls, kl)
 
 
 def test_certificate_of_a_chain(policies, log_probs):

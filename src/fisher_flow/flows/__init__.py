@@ -2,6 +2,7 @@ from ._bounds import TanhBounds as TanhBounds
 from ._check_convention import check_convention as check_convention
 from ._flow_matching import fit_flow as fit_flow, flow_matching_loss as flow_matching_loss
 from ._foreign import BatchedVelocity as BatchedVelocity
+from ._one_step import ActionMLP as ActionMLP, OneStepPolicy as OneStepPolicy
 from ._path import (
     AbstractAffineGaussianPath as AbstractAffineGaussianPath,
     CosinePath as CosinePath,

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from equinox import AbstractVar
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import Array, PRNGKeyArray, Scalar, ScalarLike
 
 from .._custom_types import Action, Observation
-from .._divergence import rademacher_probes, value_and_divergence
+from .._divergence import rademacher_probes, value_and_divergence, value_and_jacobian
 from .._misc import as_inexact, check_instance, check_positive_integer
 from ._bounds import checked_bounds, clip, TanhBounds
 from ._even_steps import EvenSteps
@@ -100,33 +100,48 @@ class AbstractFlowPolicy(AbstractPolicy):
         """
 
     @abc.abstractmethod
-    def in_flow_coordinates(
-        self,
-        observation: Observation,
-        action: Action,
-        displacement: Action,
-        jacobian: Float[Array, "size size"],
-    ) -> tuple[Action, Action, Float[Array, "size size"]]:
-        r"""Expresses a transport map of this policy as one of `flow_policy`.
-
-        If this policy is the flow followed by a map $T$, then following it by a further map $S$ is
-        the same as following the flow by $T^{-1} \circ S \circ T$, at the same KL.
+    def to_flow(self, observation: Observation, action: Action) -> Action:
+        """Finds the action of `flow_policy` that `from_flow` carries to `action`.
 
         **Arguments:**
 
         - `observation`: one observation, any PyTree of arrays.
-        - `action`: an action $a$ of this policy, before its bounds.
-        - `displacement`: $\delta = S(a) - a$.
-        - `jacobian`: $\nabla\delta(a)$, flattened to a matrix; of a flow itself, in any form.
+        - `action`: an action of this policy, before its bounds.
 
         **Returns:**
 
-        The action of the flow, its displacement, and the Jacobian of that.
+        The action of the flow, before its bounds; NaN where none is found.
         """
 
     @abc.abstractmethod
     def log_prob(self, observation: Observation, action: Action) -> Scalar:
         """The log-density at an action, in nats, of the policy before its bounds."""
+
+    @eqx.filter_jit
+    def draw_and_log_prob(
+        self, observation: Observation, *, key: PRNGKeyArray, **options: Any
+    ) -> tuple[Action, Scalar]:
+        r"""Draws an action before its bounds, together with its log-density.
+
+        The density needs no inverse: the action is known to come from one of the flow, and
+        $\log \pi(T(b)) = \log \pi_0(b) - \log |\det \nabla T(b)|$ through all transport maps.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `key`: a `jax.random.key`; the same gives the same action as in `draw`.
+        - `**options`: passed on to the `log_prob` of the flow.
+
+        **Returns:**
+
+        The action, and its log-density in nats. For the action of
+        [`fisher_flow.TanhBounds`][], subtract `bounds.log_det(action)`.
+        """
+        flow = self.flow_policy
+        b = flow.draw(observation, key=key)
+        action, jacobian = value_and_jacobian(lambda b: self.from_flow(observation, b), b)
+        log_p: Array = flow.log_prob(observation, b, **options)
+        return action, log_p - jnp.linalg.slogdet(jacobian)[1]
 
     @abc.abstractmethod
     def score(
@@ -273,15 +288,9 @@ class FlowPolicy(AbstractFlowPolicy):
         del observation
         return action
 
-    def in_flow_coordinates(
-        self,
-        observation: Observation,
-        action: Action,
-        displacement: Action,
-        jacobian: Float[Array, "..."],
-    ) -> tuple[Action, Action, Float[Array, "..."]]:
+    def to_flow(self, observation: Observation, action: Action) -> Action:
         del observation
-        return action, displacement, jacobian
+        return action
 
     def velocity(self, t: ScalarLike, x: Action, observation: Observation) -> Action:
         r"""The velocity $v(t, x, o)$.

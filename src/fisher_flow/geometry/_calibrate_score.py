@@ -36,9 +36,9 @@ class CalibratedScore(AbstractScore):
 
     relative_error: Scalar
     r"""The predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$ of the choice.
-    Expect it to be off by 0.05 or so, and low for errors that all times have in common. Below 0.1 it
-    says no more than that the error is small: of 8192 actions, chance alone accounts for a hundredth
-    of the information. At 1 the score is no better than none at all."""
+    Expect it to be off by 0.05 or so, and low for errors that all times have in common. Below 0.1
+    it says no more than that the error is small: of 8192 actions, chance alone accounts for a
+    hundredth of the information. At 1 the score is no better than none at all."""
 
     times: Float[Array, " times"]
     """The times that were tried."""

@@ -54,12 +54,14 @@ class TransportKL(eqx.Module):
     score: AbstractScore
     num_nodes: int = eqx.field(static=True)
     num_probes: int | None = eqx.field(static=True)
+    from_flow: bool = eqx.field(static=True)
 
     def __init__(
         self,
         score: AbstractScore = PerturbedScore(),
         num_nodes: int = 3,
         num_probes: int | None = None,
+        from_flow: bool = False,
     ):
         r"""**Arguments:**
 
@@ -69,6 +71,8 @@ class TransportKL(eqx.Module):
             estimated, each at eight products of $\nabla\delta$ with a vector. By default both
             are exact for actions of up to 32 entries, and larger ones have one probe: its error
             averages out over the actions.
+        - `from_flow`: whether the KL of a map of a *refined* policy is that from the flow
+            underneath, through this map and all before it, rather than from that policy.
         """
         check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
         check_positive_integer("num_nodes", num_nodes, 3)
@@ -77,6 +81,7 @@ class TransportKL(eqx.Module):
         self.score = score
         self.num_nodes = num_nodes
         self.num_probes = num_probes
+        self.from_flow = bool(from_flow)
 
     @eqx.filter_jit
     def __call__(
@@ -145,6 +150,7 @@ class TransportKL(eqx.Module):
         action: Action,
         displacement: Action,
         jacobian: Float[Array, "size size"] | Float[Array, "probes rank rank"],
+        flow_action: Action | None = None,
     ) -> TransportTerms:
         r"""As `__call__`, for a displacement and a Jacobian that are already known.
 
@@ -153,6 +159,8 @@ class TransportKL(eqx.Module):
         - `policy`, `observation`, `action`: as for `__call__`.
         - `displacement`: $\delta(a)$.
         - `jacobian`: $\nabla\delta(a)$, as `linearise` returns it.
+        - `flow_action`: of a refined policy, the action of its flow from which `action` comes. If
+            it is not known, it is found by inverting.
 
         **Returns:**
 
@@ -160,7 +168,9 @@ class TransportKL(eqx.Module):
         """
         flow = policy.flow_policy
         # The KL is the same in all coordinates; in those of the flow the score is at hand.
-        a, δ, J = policy.in_flow_coordinates(observation, action, displacement, jacobian)
+        a, δ, J = self.in_flow_coordinates(
+            policy, observation, action, displacement, jacobian, flow_action
+        )
         nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
         # Node zero is the action itself; all the nodes are one batch for the network.
         τ = jnp.asarray(np.concatenate([[0.0], 0.5 * (nodes + 1)]), a.dtype)
@@ -174,5 +184,50 @@ class TransportKL(eqx.Module):
         )
         known = jnp.isfinite(terms.kl) & jnp.isfinite(terms.stein)
         zero = jnp.zeros_like(terms.kl)
-        unknown = TransportTerms(kl=zero, folded=jnp.asarray(True), stein=zero)
-        return jax.tree.map(lambda x, y: jnp.where(known, x, y), terms, unknown)
+        folded = jnp.where(known, terms.folded, True)
+        if not self.from_flow or isinstance(policy, FlowPolicy):
+            # An action that stays costs nothing, whether or not it has a score.
+            moved = jnp.any(displacement != 0) | jnp.any(jacobian != 0)
+            known, folded = known & moved, folded & moved
+        return TransportTerms(
+            kl=jnp.where(known, terms.kl, zero),
+            folded=folded,
+            stein=jnp.where(known, terms.stein, zero),
+        )
+
+    def in_flow_coordinates(
+        self,
+        policy: AbstractFlowPolicy,
+        observation: Observation,
+        action: Action,
+        displacement: Action,
+        jacobian: Float[Array, "..."],
+        flow_action: Action | None = None,
+    ) -> tuple[Action, Action, Float[Array, "..."]]:
+        r"""Expresses a transport map of a policy as one of the flow underneath, at the same KL.
+
+        If the policy is the flow followed by a map $F$, then to follow it by a further map $S$ is
+        to follow the flow by $F^{-1} \circ S \circ F$; from the flow it is $S \circ F$.
+
+        **Arguments:**
+
+        - `policy`, `observation`, `action`, `displacement`, `jacobian`, `flow_action`: as for
+            `terms`.
+
+        **Returns:**
+
+        The action of the flow, its displacement, and the Jacobian of that.
+        """
+        if isinstance(policy, FlowPolicy):
+            return action, displacement, jacobian
+
+        def map_jacobian(b):
+            return value_and_jacobian(lambda b: policy.from_flow(observation, b), b)[1]
+
+        identity = jnp.eye(action.size, dtype=action.dtype)
+        a = policy.to_flow(observation, action) if flow_action is None else flow_action
+        J = (identity + jacobian) @ map_jacobian(a)
+        if self.from_flow:
+            return a, action + displacement - a, J - identity
+        b = policy.to_flow(observation, action + displacement)
+        return a, b - a, jnp.linalg.solve(map_jacobian(b), J) - identity

@@ -4,39 +4,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._custom_types import Action, Observation
-from .._misc import check_at_least, check_positive_integer, ravel_inputs
+from .._misc import check_at_least, check_positive_integer
 from ..data import Transitions
-from ..flows import AbstractPolicy
+from ..flows import AbstractPolicy, ActionMLP, OneStepPolicy
 from ..refinement import BestOf
 from ..values import AbstractCriticLearning, TemporalDifference
 from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner
-
-
-class OneStepNetwork(AbstractPolicy):
-    """A policy that maps noise to an action in one evaluation of a network."""
-
-    network: eqx.nn.MLP
-    action_shape: tuple[int, ...] = eqx.field(static=True)
-    bounds: tuple[float, float] = eqx.field(static=True)
-
-    def __init__(
-        self, network: eqx.nn.MLP, action_shape: tuple[int, ...], bounds: tuple[float, float]
-    ):
-        self.network = network
-        self.action_shape = action_shape
-        self.bounds = bounds
-
-    def __call__(self, observation: Observation, noise: Action) -> Action:
-        return self.network(ravel_inputs(observation, noise)).reshape(self.action_shape)
-
-    def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
-        dtype = self.network.layers[0].weight.dtype
-        return self(observation, jr.normal(key, self.action_shape, dtype))
 
 
 class FlowQState(eqx.Module):
@@ -110,16 +86,10 @@ class FlowQLearning(AbstractAgent):
         flow_key, critic_key, actor_key = jr.split(key, 3)
         observation, action = first(example)
         critic = self.critic.init(observation, action, key=critic_key)
-        network = eqx.nn.MLP(
-            ravel_inputs(observation).size + action.size,
-            int(np.prod(action.shape)),
-            self.flow.width_size,
-            self.flow.depth,
-            jax.nn.gelu,
-            dtype=action.dtype,
-            key=actor_key,
+        network = ActionMLP(
+            observation, action, self.flow.width_size, self.flow.depth, key=actor_key
         )
-        actor = OneStepNetwork(network, action.shape, self.flow.bounds)
+        actor = OneStepPolicy(network, action.shape, bounds=self.flow.bounds, dtype=action.dtype)
         optimiser = adam(self.learning_rate)
         return FlowQState(
             self.flow.init(example, key=flow_key),
@@ -135,7 +105,7 @@ class FlowQLearning(AbstractAgent):
         # Folded in, so that the other keys do not depend on the critic.
         sample_key, critic_key = jr.split(jr.fold_in(key, 1))
         optimiser = adam(self.learning_rate)
-        μ: OneStepNetwork = state.actor.model
+        μ: OneStepPolicy = state.actor.model
         flow, flow_loss = self.flow.update(state.flow, batch, key=flow_key)
 
         next_keys = jr.split(next_key, len(batch))

@@ -11,7 +11,7 @@ from .._custom_types import Critic
 from .._misc import batch_length, check_instance, check_positive_integer
 from ..flows import FlowPolicy
 from ..geometry import AbstractScore, CalibratedScore, PerturbedScore
-from ._method import check_critic, critic_value
+from ._method import check_critic, critic_value, draw_from_flow
 from ._refined_policy import RefinedPolicy
 from ._selection import AbstractSelection
 
@@ -233,12 +233,10 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
 
     def of_action(o, key):
         action_key, metric_key = jr.split(key)
-        a = policy.draw(o, key=action_key)
+        a, flow_action = draw_from_flow(policy, o, action_key)
 
         def scaled_terms(fraction):
-            terms = method.measure.terms(policy, o, a, fraction * δ, fraction * J)
-            # An action that stays costs nothing, whether or not it has a score.
-            return jax.tree.map(lambda leaf: jnp.where(moved, leaf, jnp.zeros_like(leaf)), terms)
+            return method.measure.terms(policy, o, a, fraction * δ, fraction * J, flow_action)
 
         def field_of_flow(x):
             if isinstance(policy, FlowPolicy):
@@ -251,7 +249,7 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
         )
         moved = jnp.any(δ != 0)
         # In a chain, as a map of the flow, whose metric is at hand.
-        b, δ_b, J_b = policy.in_flow_coordinates(o, a, δ, J)
+        b, δ_b, J_b = method.measure.in_flow_coordinates(policy, o, a, δ, J, flow_action)
         terms = jax.vmap(scaled_terms)(fractions.astype(a.dtype))
         predicted = method.metric.cost(policy.flow_policy, o, b, field_of_flow, key=metric_key)
         gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
@@ -332,7 +330,6 @@ def _total(certified, critic, o, key) -> tuple[Scalar, Scalar]:
         δ, J = measure.linearise(flow, lambda b: refined.from_flow(o, b) - b, b)
         terms = measure.terms(flow, o, b, δ, J)
         moved = jnp.any(δ != 0)
-        terms = jax.tree.map(lambda leaf: jnp.where(moved, leaf, jnp.zeros_like(leaf)), terms)
         value = critic_value(refined, critic, o, b + δ)
         gain = jnp.where(moved, value - critic_value(flow, critic, o, b), 0)
         return terms, value, gain, b + δ

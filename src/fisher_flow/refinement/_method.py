@@ -85,6 +85,14 @@ def check_method(metric: Any, radius: Any, measure: Any) -> TransportKL:
     return measure
 
 
+def draw_from_flow(
+    policy: AbstractFlowPolicy, observation: Observation, key: PRNGKeyArray
+) -> tuple[Action, Action]:
+    """An action before its bounds, and the action of the flow from which it comes."""
+    b = policy.flow_policy.draw(observation, key=key)
+    return policy.from_flow(observation, b), b
+
+
 def critic_value(
     policy: AbstractPolicy, critic: Critic, observation: Observation, action: Action
 ) -> Scalar:

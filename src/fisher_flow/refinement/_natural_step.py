@@ -23,7 +23,13 @@ from .._misc import (
 from ..flows import AbstractFlowPolicy
 from ..geometry import AbstractMetric, FisherRao, ObservedInformation, TransportKL
 from ..geometry._krylov import KrylovPositivePart, mean_eigenvalue
-from ._method import AbstractDisplacement, AbstractRefinement, check_method, critic_gradient
+from ._method import (
+    AbstractDisplacement,
+    AbstractRefinement,
+    check_method,
+    critic_gradient,
+    draw_from_flow,
+)
 from ._radius import scale_to_radius
 
 
@@ -203,13 +209,13 @@ class _StepPerState(AbstractDisplacement):
         auxiliary_key, metric_key = jr.split(fold_in_values(self.key, observation))
         keys = jr.split(auxiliary_key, self.method.num_auxiliary)
         method, π, Q, o = constant((self.method, policy, critic, observation))
-        actions = jax.vmap(lambda key: π.draw(o, key=key))(keys)
+        draws = jax.vmap(lambda key: draw_from_flow(π, o, key))(keys)
 
         def over_rows(function):
             return jax.vmap(lambda *row: function(o, *row))
 
         # Few actions show few of the folds, hence a start further up.
-        step = _settle(method, π, Q, actions, over_rows, metric_key, 8 * method.damping)
+        step = _settle(method, π, Q, draws, over_rows, metric_key, 8 * method.damping)
         return step(policy, critic, observation, action)
 
 
@@ -222,8 +228,9 @@ def _calibrated_step(policy, critic, method, observations, key) -> _CalibratedSt
     # Every observation once, or as often as another, before a random remainder.
     rows = jnp.concatenate([jr.permutation(row_key, length)] * -(-n // length))[:n]
     rows = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    actions = _over_batch(rows)(lambda o, key: policy.draw(o, key=key))(jr.split(action_key, n))
-    return _settle(method, policy, critic, actions, _over_batch(rows), metric_key, method.damping)
+    over_rows = _over_batch(rows)
+    draws = over_rows(lambda o, key: draw_from_flow(policy, o, key))(jr.split(action_key, n))
+    return _settle(method, policy, critic, draws, over_rows, metric_key, method.damping)
 
 
 def _over_batch(observations):
@@ -242,15 +249,16 @@ def _settle(
     method: NaturalStep,
     policy: AbstractFlowPolicy,
     critic: Critic,
-    actions: Array,
+    draws: tuple[Array, Array],
     over_rows: Callable[[Callable], Callable],
     key: PRNGKeyArray,
     damping: ScalarLike,
 ) -> _CalibratedStep:
-    """Settles the damping and the length of a step over a batch of actions.
+    """Settles the damping and the length of a step over a batch of `draw_from_flow`.
 
     Both are constants of the result: the arguments come without gradients.
     """
+    actions, flow_actions = draws
     size = actions[0].size
     radius = jnp.asarray(method.radius, actions.dtype)
     zero = jnp.zeros((), actions.dtype)
@@ -275,15 +283,14 @@ def _settle(
 
             return over_rows(field)(actions)
 
-        def terms(o, a, δ, J):
-            result = method.measure.terms(policy, o, a, δ, J)
-            moved = jnp.any(δ != 0)  # actions that stay cost nothing, and may have no score
-            return jnp.where(moved, result.kl, 0), moved & result.folded
+        def terms(o, a, b, δ, J):
+            result = method.measure.terms(policy, o, a, δ, J, b)
+            return result.kl, result.folded
 
         def measure(scale):
             # A single step and its Jacobian are proportional to the scale.
             δ, J = (scale * unit[0], scale * unit[1]) if method.num_steps == 1 else fields(scale)
-            kl, folded = over_rows(terms)(actions, δ, J)
+            kl, folded = over_rows(terms)(actions, flow_actions, δ, J)
             return jnp.mean(kl), jnp.mean(folded)
 
         if method.num_steps == 1:

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, PRNGKeyArray, Scalar
 
 from .._custom_types import Action, Critic, Observation
 from .._divergence import value_and_jacobian
@@ -69,6 +69,9 @@ class RefinedPolicy(AbstractFlowPolicy):
         action = self.policy.from_flow(observation, action)
         return action + self.displacement(observation, action)
 
+    def to_flow(self, observation: Observation, action: Action) -> Action:
+        return self.policy.to_flow(observation, self.inverse(observation, action))
+
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
         return self.from_flow(observation, self.flow_policy.draw(observation, key=key))
 
@@ -119,7 +122,7 @@ class RefinedPolicy(AbstractFlowPolicy):
         return self.project(action + self.displacement(observation, action))
 
     @eqx.filter_jit
-    def inverse(self, observation: Observation, action: Action) -> Action:
+    def inverse(self, observation: Observation, action: Action, *, throw: bool = False) -> Action:
         r"""The action $a$ with $a + \delta(o, a)$ equal to `action`, found by Newton's method.
 
         **Arguments:**
@@ -127,29 +130,25 @@ class RefinedPolicy(AbstractFlowPolicy):
         - `observation`: one observation, any PyTree of arrays.
         - `action`: an action of the refined policy, before its bounds.
 
+        **Other arguments:**
+
+        - `throw`: whether to raise an error at run time where there is no inverse.
+
         **Returns:**
 
-        The action of the unrefined policy; NaN where Newton's method does not find one, as may
-        happen where the map folds.
+        The action of the unrefined policy; NaN where Newton's method does not find one, or finds
+        one at which the map is folded, $\det(I + \nabla\delta) \le 0$.
         """
-        return _inverse((self, observation), as_inexact(action))
-
-    def in_flow_coordinates(
-        self,
-        observation: Observation,
-        action: Action,
-        displacement: Action,
-        jacobian: Float[Array, "size size"],
-    ) -> tuple[Action, Action, Float[Array, "size size"]]:
-        def pull_back(a):
-            return value_and_jacobian(lambda a: self.inverse(observation, a), a)
-
-        a, J_start = pull_back(action)
-        b, J_end = pull_back(action + displacement)
-        identity = jnp.eye(action.size, dtype=action.dtype)
-        # D(T⁻¹ S T) = DT⁻¹ DS (DT⁻¹)⁻¹, the last at the start
-        J = jnp.linalg.solve(J_start.T, (J_end @ (identity + jacobian)).T).T - identity
-        return self.policy.in_flow_coordinates(observation, a, b - a, J)
+        a = _inverse((self, observation), as_inexact(action))
+        if throw:
+            a = eqx.error_if(
+                a,
+                jnp.any(jnp.isnan(a)),
+                "No inverse was found: the map folds near `action`, or never reaches it. `certify` "
+                "shows how often it folds; refine with a lower `radius` or a higher `damping`, or "
+                "write `inverse(observation, action, throw=False)` for NaN there.",
+            )
+        return a
 
     @eqx.filter_jit
     def log_prob(self, observation: Observation, action: Action, **options: Any) -> Scalar:
@@ -207,9 +206,9 @@ def _inverse(map_and_observation: tuple[RefinedPolicy, Observation], action: Act
         throw=False,
     )
     # Judged by the residual: rounding may keep the last steps above the tolerance.
-    residual = jnp.max(jnp.abs(_moved(map_and_observation, solution.value) - action))
-    found = residual <= 100 * tol * (1 + jnp.max(jnp.abs(action)))
-    return jnp.where(found, solution.value, jnp.nan)
+    moved, J = value_and_jacobian(lambda a: _moved(map_and_observation, a), solution.value)
+    found = jnp.max(jnp.abs(moved - action)) <= 100 * tol * (1 + jnp.max(jnp.abs(action)))
+    return jnp.where(found & (jnp.linalg.slogdet(J)[0] > 0), solution.value, jnp.nan)
 
 
 @_inverse.def_jvp

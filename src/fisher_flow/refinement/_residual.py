@@ -6,23 +6,23 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Critic, Observation
-from .._misc import (
-    check_at_least,
-    check_positive_integer,
-    finite_or_zero,
-    ravel_inputs,
-)
+from .._misc import check_at_least, check_positive_integer, finite_or_zero
 from .._training import apply_gradient, train
-from ..flows import AbstractFlowPolicy
+from ..flows import AbstractFlowPolicy, ActionMLP
 from ..geometry import AbstractMetric, FisherRao, TransportKL
 from ..geometry._krylov import mean_eigenvalue
-from ._method import AbstractDisplacement, AbstractRefinement, check_method, critic_gradient
+from ._method import (
+    AbstractDisplacement,
+    AbstractRefinement,
+    check_method,
+    critic_gradient,
+    draw_from_flow,
+)
 from ._radius import scale_to_radius
 
 
@@ -193,13 +193,6 @@ class NetworkDisplacement(AbstractDisplacement):
         return self.scale.astype(action.dtype) * self.network(observation, action)
 
 
-class ResidualMLP(eqx.Module):
-    mlp: eqx.nn.MLP
-
-    def __call__(self, observation: Observation, action: Action) -> Action:
-        return self.mlp(ravel_inputs(observation, action)).reshape(action.shape)
-
-
 def zero_network(
     observation: Observation,
     action: Action | jax.ShapeDtypeStruct,
@@ -207,15 +200,11 @@ def zero_network(
     depth: int,
     *,
     key: PRNGKeyArray,
-) -> ResidualMLP:
+) -> ActionMLP:
     """A network for displacements that starts from zero."""
-    inputs = eqx.filter_eval_shape(ravel_inputs, observation, action).size
-    size = int(np.prod(action.shape))
-    mlp = eqx.nn.MLP(inputs, size, width_size, depth, jax.nn.gelu, dtype=action.dtype, key=key)
-    last = mlp.layers[-1]
-    zeros = jax.tree.map(jnp.zeros_like, (last.weight, last.bias))
-    mlp = eqx.tree_at(lambda mlp: (mlp.layers[-1].weight, mlp.layers[-1].bias), mlp, zeros)
-    return ResidualMLP(mlp)
+    network = ActionMLP(observation, action, width_size, depth, key=key)
+    last = lambda network: (network.mlp.layers[-1].weight, network.mlp.layers[-1].bias)
+    return eqx.tree_at(last, network, jax.tree.map(jnp.zeros_like, last(network)))
 
 
 def _optimiser(method):
@@ -229,14 +218,14 @@ def _draw(policy, observations, num, key):
     rows = jr.randint(row_key, (num,), 0, length)
     o = jax.tree.map(lambda leaf: leaf[rows], observations)
     keys = jr.split(action_key, num)
-    return o, jax.vmap(lambda o, key: policy.draw(o, key=key))(o, keys)
+    return o, *jax.vmap(lambda o, key: draw_from_flow(policy, o, key))(o, keys)
 
 
 @eqx.filter_jit
 def _scales(method, policy, critic, observations, key) -> tuple[Scalar, Scalar]:
     """The mean norm of the critic's gradient, and the mean eigenvalue of the metric."""
     draw_key, metric_key = jr.split(key)
-    o, a = _draw(policy, observations, method.num_calibration, draw_key)
+    o, a, _ = _draw(policy, observations, method.num_calibration, draw_key)
 
     def norm_and_eigenvalue(row):
         o, a = row
@@ -257,7 +246,7 @@ def _update(args, state, key, step):
     method, policy, critic, observations, gradient_norm, eigenvalue = args
     network, optimiser_state, log_dual, last_kl = state
     draw_key, cost_key = jr.split(key)
-    o, a = _draw(policy, observations, method.batch_size, draw_key)
+    o, a, b = _draw(policy, observations, method.batch_size, draw_key)
     cost_keys = jr.split(cost_key, method.batch_size)
 
     def loss_of_one(network, o, a, key):
@@ -282,7 +271,11 @@ def _update(args, state, key, step):
     )
 
     def measure():
-        terms = jax.vmap(lambda o, a: method.measure(policy, o, a, lambda a: network(o, a)))(o, a)
+        def terms_of_one(o, a, b):
+            δ, J = method.measure.linearise(policy, lambda a: network(o, a), a)
+            return method.measure.terms(policy, o, a, δ, J, b)
+
+        terms = jax.vmap(terms_of_one)(o, a, b)
         kl = jnp.mean(terms.kl)
         violation = jnp.clip(kl / method.radius - 1, -1, 1)
         # Where the map folds its KL is not known: it is too large.
@@ -300,7 +293,7 @@ def _update(args, state, key, step):
 
 @eqx.filter_jit
 def _final_scale(method, policy, network, observations, key) -> Scalar:
-    o, a = _draw(policy, observations, method.num_calibration, key)
+    o, a, b = _draw(policy, observations, method.num_calibration, key)
 
     def over_rows(function, *columns):
         return lax.map(lambda row: function(*row), columns, batch_size=256)
@@ -310,10 +303,10 @@ def _final_scale(method, policy, network, observations, key) -> Scalar:
     )
 
     def measure(scale):
-        def terms(o, a, δ, J):
-            return method.measure.terms(policy, o, a, scale * δ, scale * J)
+        def terms(o, a, b, δ, J):
+            return method.measure.terms(policy, o, a, scale * δ, scale * J, b)
 
-        terms = over_rows(terms, o, a, δ, J)
+        terms = over_rows(terms, o, a, b, δ, J)
         return jnp.mean(terms.kl), jnp.mean(terms.folded)
 
     one = jnp.ones((), a.dtype)

@@ -1,0 +1,158 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jax import lax
+from jaxtyping import PRNGKeyArray, PyTree, ScalarLike
+
+from .._custom_types import Critic
+from .._misc import batch_length, check_positive_integer
+from .._training import apply_gradient, train
+from ..flows import ActionMLP, as_flow_policy, OneStepPolicy
+from ._fidelity import critic_of, measure_fidelity, Refit
+from ._selection import AbstractSelection
+
+
+def distill(
+    policy: Any,
+    observations: PyTree[Any],
+    *,
+    critic: Critic | None = None,
+    network: Callable[[Any, Any], Any] | None = None,
+    width_size: int = 256,
+    depth: int = 3,
+    held_out: PyTree[Any] | None = None,
+    num_samples: int = 65_536,
+    num_updates: int = 20_000,
+    batch_size: int = 256,
+    learning_rate: ScalarLike = 1e-3,
+    progress: bool = True,
+    key: PRNGKeyArray,
+) -> Refit:
+    r"""Distils a flow policy, refined or not, into one network from noise to action.
+
+    The network learns where the flow and its transport maps $T$ carry each noise,
+
+    $$\min_\mu\; \mathbb E_{o, z}\bigl\|\mu(o, z) - T(\mathrm{flow}(o, z))\bigr\|^2,$$
+
+    so that an action costs one evaluation of it. The square is an upper bound of the squared
+    Wasserstein distance $W_2^2$ between the two policies.
+
+    Where the flow tears neighbouring noises apart, as between two modes, no smooth network follows:
+    it puts some actions in between. The certificate shows it as `energy` and `lost`.
+
+    **Arguments:**
+
+    - `policy`: the flow policy to distil. A choice among several actions is no function of one
+        noise: [`fisher_flow.absorb`][] it first.
+    - `observations`: the observations to learn at, any PyTree of arrays with a leading axis.
+
+    **Other arguments:**
+
+    - `critic`: by which the loss is judged; by default that of the policy.
+    - `network`: called as `network(observation, noise)` for one sample; returns an action. By
+        default a multilayer perceptron of `depth` hidden layers of `width_size` units.
+    - `held_out`: the observations to measure the loss at; by default `observations`.
+    - `num_samples`: the number of pairs of noise and action that are made to learn from.
+    - `num_updates`, `batch_size`, `learning_rate`: of Adam, whose rate falls to zero along a
+        cosine.
+    - `progress`: whether to show a progress bar with the loss.
+    - `key`: a `jax.random.key`; the same key gives the same policy.
+
+    **Returns:**
+
+    A named tuple of the `policy`, a [`fisher_flow.OneStepPolicy`][], and its `fidelity`, a
+    [`fisher_flow.Fidelity`][].
+
+    **Raises:**
+
+    - `ValueError` if an argument is not of its kind.
+
+    ??? cite "Reference"
+
+        Distilling a flow policy into one step by the squared distance at equal noise is part of
+
+        ```bibtex
+        @inproceedings{park2025flow,
+            title={Flow {Q}-learning},
+            author={Park, Seohong and Li, Qiyang and Levine, Sergey},
+            booktitle={International Conference on Machine Learning},
+            year={2025},
+        }
+        ```
+    """
+    if isinstance(policy, AbstractSelection):
+        raise ValueError(
+            "`policy` must be a flow policy, refined or not, but got a "
+            f"`{type(policy).__name__}`, whose action is no function of one noise. Write "
+            "`policy=absorb(policy, observations, key=key).policy`."
+        )
+    policy = as_flow_policy(policy)
+    critic = critic_of(policy, critic)
+    for name, value, example in (
+        ("width_size", width_size, 256),
+        ("depth", depth, 3),
+        ("num_samples", num_samples, 65_536),
+        ("num_updates", num_updates, 20_000),
+        ("batch_size", batch_size, 256),
+    ):
+        check_positive_integer(name, value, example)
+    row_key, noise_key, network_key, train_key, measure_key = jr.split(key, 5)
+    rows = jr.randint(row_key, (num_samples,), 0, batch_length("observations", observations))
+    o = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+    z, a = _noise_and_actions(policy, o, jr.split(noise_key, num_samples))
+    if network is None:
+        one = jax.tree.map(lambda leaf: leaf[0], (o, a))
+        network = ActionMLP(*one, width_size, depth, key=network_key)
+    optimiser_state = _optimiser(learning_rate, num_updates).init(
+        eqx.filter(network, eqx.is_inexact_array)
+    )
+    network, _ = train(
+        _update,
+        (o, z, a, batch_size, learning_rate, num_updates),
+        (network, optimiser_state),
+        num_updates,
+        key=train_key,
+        progress=progress,
+        description="distillation",
+    )
+    fitted = OneStepPolicy(network, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
+    held_out = observations if held_out is None else held_out
+    return Refit(fitted, measure_fidelity(policy, fitted, critic, held_out, key=measure_key))
+
+
+@eqx.filter_jit
+def _noise_and_actions(policy, observations, keys):
+    flow = policy.flow_policy
+
+    def one(row):
+        o, key = row
+        z = flow.noise(o, key=key)
+        return z, policy.from_flow(o, flow.flow(o, z))
+
+    return lax.map(one, (observations, keys), batch_size=256)
+
+
+def _optimiser(learning_rate, num_updates):
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_updates))
+
+
+def _update(args, state, key, step):
+    del step
+    observations, noises, actions, batch_size, learning_rate, num_updates = args
+    network, optimiser_state = state
+    rows = jr.randint(key, (batch_size,), 0, actions.shape[0])
+    o, z, a = jax.tree.map(lambda leaf: leaf[rows], (observations, noises, actions))
+
+    @eqx.filter_value_and_grad
+    def loss_and_gradient(network):
+        return jnp.mean((jax.vmap(network)(o, z) - a) ** 2)
+
+    loss, gradient = loss_and_gradient(network)
+    optimiser = _optimiser(learning_rate, num_updates)
+    network, optimiser_state = apply_gradient(optimiser, gradient, optimiser_state, network)
+    return (network, optimiser_state), {"loss": loss}

@@ -1,0 +1,120 @@
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import affine_kl, correlated, Critic, dtypes, gaussian, shifted_policy, tree_allclose
+
+import fisher_flow as ff
+
+
+pytestmark = pytest.mark.xdist_group("chain")
+g = np.array([0.8, -0.5])
+covariance = np.asarray(correlated().covariances[0])
+observations = jr.normal(jr.key(0), (256, 2))
+
+
+def chain(critic, dtype=jnp.float64, *, radius=0.4, num_steps=2, **options):
+    policy = shifted_policy(gaussian(correlated().means[0], covariance, dtype))
+    metric = ff.ObservedInformation(ff.PerturbedScore(time=0.95), smoothing=jnp.asarray(0.0, dtype))
+    method = ff.NaturalStep(metric, jnp.asarray(radius, dtype), damping=jnp.asarray(1e-6, dtype))
+    return policy, ff.refine_chain(
+        policy,
+        critic,
+        method,
+        num_steps=num_steps,
+        observations=observations.astype(dtype),
+        key=jr.key(1),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def translated():
+    """A linear critic moves a Gaussian along one line."""
+    return chain(Critic(g, jnp.float64))
+
+
+def test_kls_along_a_line(translated):
+    _, result = translated
+    assert result.rejected is None
+    for i, report in enumerate(result.certificates, start=1):
+        # Distances add up, and a KL is the square of one.
+        kl = 0.4 * (i / 2) ** 2
+        assert np.allclose([report.radius, report.kl, report.total_kl], kl, rtol=0.011)
+        # The best of all translations at this KL gains sqrt(2 KL gᵀ Σ g).
+        gain = np.sqrt(2 * kl * g @ covariance @ g)
+        assert np.allclose(report.total_improvement, gain, rtol=0.006)
+    gains = [report.improvement for report in result.certificates]
+    assert np.allclose(sum(gains), result.certificates[-1].total_improvement, rtol=1e-6)
+
+
+def test_true_kl_of_the_whole(translated, getkey):
+    policy, result = translated
+    o = jnp.asarray([0.4, -1.0])
+    b = policy.draw(o, key=getkey())
+    moved = result.policy.from_flow(o, b) - b
+    kl = affine_kl(gaussian(correlated().means[0], covariance), np.zeros((2, 2)), np.asarray(moved))
+    assert np.allclose(kl, 0.4, rtol=0.011)
+
+
+def test_prints_and_plots(translated):
+    _, result = translated
+    lines = str(result).splitlines()
+    assert len(lines) == 3 and "0.39" in lines[2]
+    (axes,) = result.plot().axes
+    assert np.allclose(axes.lines[0].get_xdata(), [0, 0.1, 0.4], rtol=0.02)
+    assert np.allclose(axes.lines[0].get_ydata()[2], result.certificates[1].total_improvement)
+
+
+def test_ends_where_the_gain_is_gone():
+    # The best action lies within the first of four steps: the others can only overshoot it.
+    _, result = chain(Critic([0.3, 0.0], jnp.float64, curvature=1.0), radius=40.0, num_steps=4)
+    assert result.rejected is not None
+    taken = result.certificates
+    assert len(taken) < 4 and all(x.improvement > 2 * x.improvement_stderr for x in taken)
+    assert not result.rejected.improvement > 2 * result.rejected.improvement_stderr
+    assert "rejected" in str(result)
+    # The policy is that of the last step which was taken.
+    depth, policy = 0, result.policy
+    while isinstance(policy, ff.RefinedPolicy):
+        depth, policy = depth + 1, policy.policy
+    assert depth == len(taken)
+    result.plot()
+
+
+def test_a_critic_with_nothing_to_say_leaves_the_policy():
+    policy, result = chain(lambda observation, action: jnp.zeros(()))
+    assert result.policy is policy and result.certificates == ()
+    assert result.rejected is not None and result.rejected.improvement == 0
+
+
+@dtypes
+def test_same_key_same_chain(dtype, translated):
+    critic = Critic(g, dtype)
+    _, result = translated if dtype == jnp.float64 else chain(critic, dtype)
+    _, again = chain(critic, dtype)
+    assert tree_allclose(
+        eqx.filter(result, eqx.is_array), eqx.filter(again, eqx.is_array), rtol=0, atol=0
+    )
+    action = result.policy.sample(jnp.zeros(2, dtype), key=jr.key(2))
+    assert action.dtype == dtype and np.all(np.isfinite(action))
+
+
+def test_follows_a_critic_that_bends():
+    """Where one step leaves along a tangent, several follow the curve: more gain at one KL."""
+    policy = shifted_policy(correlated(), num_steps=20)
+    critic = lambda o, a: jnp.sum(jnp.sin(1.5 * (a - o)))
+    held_out = jr.normal(jr.key(3), (512, 2))
+    method = ff.NaturalStep(ff.ObservedInformation(ff.PerturbedScore(time=0.95)), radius=0.5)
+    single = ff.refine(policy, critic, method, observations=observations, key=jr.key(4))
+    single = ff.certify(single, critic, held_out, key=jr.key(5))
+    result = ff.refine_chain(
+        policy, critic, method, num_steps=2, observations=observations,
+        held_out=held_out, key=jr.key(4),
+    )  # fmt: skip
+    last = result.certificates[-1]
+    assert last.total_kl < single.kl + 3 * (last.total_kl_stderr + single.kl_stderr)
+    more = last.total_improvement - single.improvement
+    assert more > 3 * jnp.hypot(last.total_improvement_stderr, single.improvement_stderr)
+    assert last.folded <= 0.001
