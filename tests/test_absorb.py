@@ -1,5 +1,7 @@
 """What is fitted to a policy, and what is said of it."""
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
@@ -20,7 +22,7 @@ pytestmark = [
 observations = jnp.zeros((256, 2))
 linear = Critic([0.8, -0.5], jnp.float64)
 mean, covariance = np.asarray(correlated().means[0]), np.asarray(correlated().covariances[0])
-accurate = dict(solver=diffrax.Heun(), num_steps=40)
+accurate: dict[str, Any] = dict(solver=diffrax.Heun(), num_steps=40)
 
 
 def fidelity_of(original, fitted, critic=linear, **options):
@@ -201,7 +203,10 @@ def test_bounds_are_kept():
             lambda p: ff.distill(ff.BestOf(p, linear, 2), observations, key=jr.key(0)),
             r"Write `policy=absorb\(policy, observations, key=key\)\.policy`",
         ),
-        (lambda p: ff.OneStepPolicy(ff.VelocityMLP, (2,)), r"Write `OneStepPolicy\(lambda"),
+        (
+            lambda p: ff.OneStepPolicy(ff.VelocityMLP, (2,)),  # pyright: ignore[reportArgumentType]
+            r"Write `OneStepPolicy\(lambda",
+        ),
         (
             lambda p: ff.OneStepPolicy(lambda o, z: z[:1], (2,)).sample(None, key=jr.key(0)),
             r"action_shape=\(1,\)",

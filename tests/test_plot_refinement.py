@@ -44,7 +44,8 @@ def test_arrows_are_displacements(drawn):
 def test_densities_hold_all_the_mass(panel, drawn):
     _, figure = drawn
     (mesh,) = of_kind(figure.axes[panel], QuadMesh)
-    points, density = mesh.get_coordinates(), np.asarray(mesh.get_array()).reshape(45, 45)
+    points = np.asarray(mesh.get_coordinates())
+    density = np.asarray(mesh.get_array()).reshape(45, 45)
     edges = points[1:, 1:] - points[:-1, :-1], points[1:, :-1] - points[:-1, 1:]
     areas = 0.5 * np.abs(edges[0][..., 0] * edges[1][..., 1] - edges[0][..., 1] * edges[1][..., 0])
     centre = 0.25 * (density[1:, 1:] + density[1:, :-1] + density[:-1, 1:] + density[:-1, :-1])

@@ -84,22 +84,20 @@ def absorb(
     """
     check_instance("policy", policy, AbstractPolicy, "fisher_flow.refine(policy, critic)")
     critic = critic_of(policy, critic)
-    if flow is None:
-        base = policy.policy if isinstance(policy, AbstractSelection) else policy
-        flow = base.flow_policy if isinstance(base, AbstractFlowPolicy) else None
-    check_instance("flow", flow, FlowPolicy, "fisher_flow.FlowPolicy(velocity, action_shape)")
-    if not any(map(eqx.is_inexact_array, jax.tree.leaves(flow.velocity_field))):
+    start: Any = _flow_underneath(policy) if flow is None else flow
+    check_instance("flow", start, FlowPolicy, "fisher_flow.FlowPolicy(velocity, action_shape)")
+    if not any(map(eqx.is_inexact_array, jax.tree.leaves(start.velocity_field))):
         raise ValueError(
             "`flow` must have a velocity field with arrays to train, but its field "
-            f"`{flow.velocity_field!r}` has none. Write `flow=FlowPolicy(VelocityMLP("
-            f"observation_size, {flow.action_shape}, key=key), {flow.action_shape})`."
+            f"`{start.velocity_field!r}` has none. Write `flow=FlowPolicy(VelocityMLP("
+            f"observation_size, {start.action_shape}, key=key), {start.action_shape})`."
         )
     draw_key, fit_key, measure_key = jr.split(key, 3)
-    o, a = draw_samples(policy, observations, num_samples, key=draw_key)
+    o, a = _draw_samples(policy, observations, num_samples, key=draw_key)
     # With noise of its own for every action: the score is read off a path whose noise is Gaussian
     # and independent of its end, which the noise that made the action is not.
     fitted = fit_flow(
-        flow,
+        start,
         o,
         a,
         num_updates=num_updates,
@@ -112,7 +110,12 @@ def absorb(
     return Refit(fitted, measure_fidelity(policy, fitted, critic, held_out, key=measure_key))
 
 
-def draw_samples(
+def _flow_underneath(policy: AbstractPolicy) -> FlowPolicy | None:
+    chosen_from = policy.policy if isinstance(policy, AbstractSelection) else policy
+    return chosen_from.flow_policy if isinstance(chosen_from, AbstractFlowPolicy) else None
+
+
+def _draw_samples(
     policy: AbstractPolicy, observations: PyTree[Any], num_samples: int, *, key: PRNGKeyArray
 ) -> tuple[PyTree[Any], Any]:
     """Observations chosen at random, and an action of the policy, before its bounds, at each."""

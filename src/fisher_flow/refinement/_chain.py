@@ -65,17 +65,21 @@ class RefinementChain(eqx.Module):
             [0.0, *column(name, self.certificates)] for name in ("total_kl", "total_improvement")
         )
         axes.plot(kl, gain, "-", color="C0")
-        for reports, options in (
-            (self.certificates, dict(color="C0", fmt="o", label="steps taken (95% intervals)")),
-            ([self.rejected], dict(color="C3", fmt="x", label="gained nothing: not taken")),
-        ):
-            if len(reports) > 0 and reports[0] is not None:
-                widths = (
-                    [1.96 * stderr for stderr in column(name, reports)]
-                    for name in ("total_improvement_stderr", "total_kl_stderr")
-                )
-                centre = column("total_kl", reports), column("total_improvement", reports)
-                axes.errorbar(*centre, *widths, capsize=3, **options)
+
+        def draw(reports, fmt, color, label):
+            gain_width, kl_width = (
+                [1.96 * stderr for stderr in column(name, reports)]
+                for name in ("total_improvement_stderr", "total_kl_stderr")
+            )
+            kl, gain = column("total_kl", reports), column("total_improvement", reports)
+            axes.errorbar(
+                kl, gain, gain_width, kl_width, fmt=fmt, color=color, label=label, capsize=3
+            )
+
+        if len(self.certificates) > 0:
+            draw(self.certificates, "o", "C0", "steps taken (95% intervals)")
+        if self.rejected is not None:
+            draw([self.rejected], "x", "C3", "gained nothing: not taken")
         axes.set(xlabel="KL from the flow (nats)", ylabel="gain in Q over the flow")
         axes.set(xlim=(0, None))
         axes.legend(frameon=False)
@@ -149,13 +153,13 @@ def refine_chain(
     if actions is not None:
         check_equal_lengths(observations=observations, actions=actions)
     held_out = observations if held_out is None else held_out
-    calibration_key, key = jr.split(jr.key(0) if key is None else key)
+    calibration_key, steps_key = jr.split(jr.key(0) if key is None else key)
     method = calibrate(method, refined, observations, actions, calibration_key)
     measure = method.measure
     measure = TransportKL(measure.score, measure.num_nodes, measure.num_probes, from_flow=True)
     certificates, rejected = [], None
     for i in range(num_steps):
-        refine_key, certify_key = jr.split(jr.fold_in(key, i))
+        refine_key, certify_key = jr.split(jr.fold_in(steps_key, i))
         radius = jnp.asarray(method.radius) * ((i + 1) / num_steps) ** 2
         step = eqx.tree_at(
             lambda method: (method.radius, method.measure), method, (radius, measure)

@@ -106,12 +106,12 @@ def distill(
     o = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
     z, a = _noise_and_actions(policy, o, jr.split(noise_key, num_samples))
     if network is None:
-        one = jax.tree.map(lambda leaf: leaf[0], (o, a))
-        network = ActionMLP(*one, width_size, depth, key=network_key)
+        observation, action = jax.tree.map(lambda leaf: leaf[0], (o, a))
+        network = ActionMLP(observation, action, width_size, depth, key=network_key)
     optimiser_state = _optimiser(learning_rate, num_updates).init(
         eqx.filter(network, eqx.is_inexact_array)
     )
-    network, _ = train(
+    trained, _ = train(
         _update,
         (o, z, a, batch_size, learning_rate, num_updates),
         (network, optimiser_state),
@@ -120,7 +120,7 @@ def distill(
         progress=progress,
         description="distillation",
     )
-    fitted = OneStepPolicy(network, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
+    fitted = OneStepPolicy(trained, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
     held_out = observations if held_out is None else held_out
     return Refit(fitted, measure_fidelity(policy, fitted, critic, held_out, key=measure_key))
 

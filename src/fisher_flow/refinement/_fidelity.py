@@ -136,6 +136,7 @@ def _measure(original, fitted, critic, observations, num_actions, key) -> Fideli
     num_observations = batch_length("observations", observations)
     base = original.policy if isinstance(original, AbstractSelection) else original
     flow = base.flow_policy if isinstance(base, AbstractFlowPolicy) else original
+    nan = jnp.asarray(jnp.nan)
     has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (original, fitted))
     coupled = isinstance(original, AbstractFlowPolicy) and isinstance(fitted, OneStepPolicy)
 
@@ -148,14 +149,15 @@ def _measure(original, fitted, critic, observations, num_actions, key) -> Fideli
             y=y,
             gain=value - critic_value(flow, critic, o, flow.draw(o, key=key)),
             lost=value - critic_value(fitted, critic, o, y),
-            kl=_log_ratio(original, fitted, o, key) if has_densities else jnp.nan,
-            squared=jnp.sum((x - y) ** 2) if coupled else jnp.nan,
+            kl=_log_ratio(original, fitted, o, key) if has_densities else nan,
+            squared=jnp.sum((x - y) ** 2) if coupled else nan,
         )
 
     def of_observation(row):
         o, key = row
         results = jax.vmap(lambda key: of_action(o, key))(jr.split(key, num_actions))
-        x, y = (results.pop(name).reshape(num_actions, -1) for name in "xy")
+        x: Array = results.pop("x").reshape(num_actions, -1)
+        y: Array = results.pop("y").reshape(num_actions, -1)
         results = jax.tree.map(lambda leaf: jnp.mean(leaf).astype(x.dtype), results)
         return results | dict(
             between=_mean_of_pairs(x, y),
@@ -165,7 +167,7 @@ def _measure(original, fitted, critic, observations, num_actions, key) -> Fideli
 
     keys = jr.split(key, num_observations)
     results = lax.map(of_observation, (observations, keys), batch_size=max(1, 256 // num_actions))
-    mean = jax.tree.map(jnp.mean, results)
+    mean: dict[str, Array] = jax.tree.map(jnp.mean, results)
     stderr = lambda name: jnp.std(results[name], ddof=1) / jnp.sqrt(num_observations)
     twice_between = jnp.where(mean["between"] > 0, 2 * mean["between"], 1)
     return Fidelity(

@@ -98,17 +98,15 @@ def refine(
             "`observations` is `None`. Write `refine(policy, critic, method, "
             "observations=observations, actions=actions)`."
         )
-    if key is None:
-        key = jr.key(0)
+    calibration_key, fit_key = jr.split(jr.key(0) if key is None else key)
     # Arrays, so that another radius is no reason to compile again.
     method = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, method)
     if actions is not None:
         check_equal_lengths(observations=observations, actions=actions)
     if observations is not None:
         batch_length("observations", observations)
-        calibration_key, key = jr.split(key)
         method = calibrate(method, policy, observations, actions, calibration_key)
-    field = method.fit(policy, critic, observations, key=key)
+    field = method.fit(policy, critic, observations, key=fit_key)
     return RefinedPolicy(policy, critic, field, method)
 
 

@@ -6,9 +6,6 @@ radius is made with the fixed and with the calibrated score, and the KL that eac
 against the KL by the flow's own density, and by that of the mixture.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -17,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from geometry import mean_and_interval, Mixture
 from jaxtyping import Array, Float, Scalar
 from matplotlib.figure import Figure
 
 import fisher_flow as ff
+
+from .problems import claim, mean_and_interval, Mixture
 
 
 TIMES = [0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98]
@@ -52,7 +50,7 @@ def errors(policy: ff.FlowPolicy, mixture: Mixture, actions: Array) -> dict[str,
     }
 
 
-def critic(observation: Any, action: Float[Array, "2"]) -> Scalar:
+def critic(observation: Any, action: Float[Array, " 2"]) -> Scalar:
     return jnp.sin(1.2 * action[0]) + 0.5 * action[1] - 0.1 * action[1] ** 2
 
 
@@ -73,15 +71,17 @@ def true_kls(
     return jax.lax.map(terms, actions, batch_size=256)
 
 
-def run_seed(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def run_seed(seed: int, num_updates: int, num_actions: int) -> dict[str, Any]:
     mixture_key, data_key, held_key, init_key, fit_key, key = jr.split(jr.key(seed), 6)
     mixture = Mixture(2, key=mixture_key)
     data = mixture.sample(50_000, key=data_key)
-    held_out = mixture.sample(args.num_actions, key=held_key)
+    held_out = mixture.sample(num_actions, key=held_key)
     observations = jnp.zeros((len(data), 1))
     velocity = ff.VelocityMLP(1, (2,), width_size=256, depth=3, key=init_key)
     policy = ff.FlowPolicy(velocity, (2,))
-    policy = ff.fit_flow(policy, observations, data, num_updates=args.num_updates, key=fit_key)
+    policy = ff.fit_flow(
+        policy, observations, data, num_updates=num_updates, progress=False, key=fit_key
+    )
     row: dict[str, Any] = dict(seed=seed, errors=errors(policy, mixture, held_out))
     exact = ff.FlowPolicy(mixture.velocity(), (2,))
     row["exact_errors"] = errors(exact, mixture, held_out)
@@ -97,7 +97,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
     # Sampled finely, so that the actions follow the density of the flow.
     exact_flow = ff.FlowPolicy(policy.velocity_field, (2,), solver=diffrax.Tsit5(), num_steps=32)
-    keys = jr.split(jr.key(seed + 1000), args.num_actions // 4)
+    keys = jr.split(jr.key(seed + 1000), num_actions // 4)
     actions = jax.jit(jax.vmap(lambda k: exact_flow.draw(jnp.zeros(1), key=k)))(keys)
     row["kl"] = {}
     # By default `refine` calibrates on actions that it draws.
@@ -121,29 +121,27 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def check_claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def run(seeds: int, quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for seed in range(seeds):
+        rows.append(run_seed(seed, 200 if quick else 15_000, 1024 if quick else 8192))
+        print(f"score: seed {seed}", flush=True)
+    return rows
+
+
+def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen = [row["calibrated"] for row in rows]
-    values = {
-        "mean error of the calibrated score at most 0.2": (
-            np.mean([row["error"] for row in chosen]),
-            0.2,
-        ),
-        "mean of its ratio to the paper's at time 0.8 at most 1/4": (
-            np.mean([row["error"] / row["paper_error"] for row in chosen]),
-            0.25,
-        ),
-        "mean distance of the predicted from the true error at most 0.05": (
-            np.mean([abs(row["error"] - row["predicted_error"]) for row in chosen]),
-            0.05,
-        ),
-    }
+    error = np.mean([x["error"] for x in chosen])
+    ratio = np.mean([x["error"] / x["paper_error"] for x in chosen])
+    miss = np.mean([abs(x["error"] - x["predicted_error"]) for x in chosen])
     return [
-        dict(claim=claim, value=float(value), holds=bool(value <= most))
-        for claim, (value, most) in values.items()
+        claim("calibrated score: relative error at most 0.2", error, error <= 0.2),
+        claim("at most a quarter of that of the paper's at 0.8", ratio, ratio <= 0.25),
+        claim("predicted error within 0.05 of the true one", miss, miss <= 0.05),
     ]
 
 
-def print_tables(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
     print(f"\n{'relative error of the score':<34}" + "".join(f"{t:>7g}" for t in TIMES))
     for column, velocity in (("exact_errors", "exact velocity"), ("errors", "learned")):
         for name in ESTIMATORS:
@@ -181,34 +179,3 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
         panel.legend(frameon=False)
     axes[0].set_ylabel("relative error of the score")
     return figure
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=2, help="number of mixtures")
-    parser.add_argument("--num-updates", type=int, default=15_000, help="of the flow")
-    parser.add_argument("--num-actions", type=int, default=8192, help="to measure on")
-    parser.add_argument("--out", type=Path, default="score.json", help="the JSON to write")
-    parser.add_argument("--figure", type=Path, help="the PNG to write; by default beside --out")
-    args = parser.parse_args()
-    figure_path = args.figure or args.out.with_suffix(".png")
-
-    rows = [run_seed(seed, args) for seed in range(args.seeds)]
-    print_tables(rows)
-    claims = check_claims(rows)
-    for claim in claims:
-        verdict = "holds" if claim["holds"] else "DOES NOT HOLD"
-        print(f"{verdict:<15}{claim['claim']}: {claim['value']:.3g}")
-    for path in (args.out, figure_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    settings = dict(seeds=args.seeds, num_updates=args.num_updates, num_actions=args.num_actions)
-    results = dict(settings=settings, times=TIMES, claims=claims, rows=rows)
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot(rows).savefig(figure_path, dpi=110)
-    print(f"\nWrote {args.out} and {figure_path}.")
-
-
-if __name__ == "__main__":
-    main()
