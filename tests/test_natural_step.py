@@ -85,7 +85,7 @@ def test_short_steps_compose(num_steps):
     # The score is Richardson's at time 0.95: off by r⁴ / σ⁴ = 0.1% where σ² is 0.09.
     assert np.allclose(T, power, atol=3e-3)
     kl = gaussian_kl(T @ (mean - center) + center, T @ covariance @ T.T, mean, covariance)
-    # Measured on the draws of ten Euler steps, 4096 of them.
+    # Measured on the draws of ten Euler steps.
     assert np.allclose(kl, radius, rtol=0.1)
 
 
@@ -97,7 +97,7 @@ def test_measured_kl_meets_the_radius(mixture, radius):
     states = observations(jnp.float64) + 0.3
     report = ff.certify(refined, critic, states, num_actions=8192, key=jr.key(5))
     # On other actions than it was calibrated on. Between the modes, where the map nearly folds, an
-    # action contributes up to ten times the mean or more: 3% of error in the mean of 4096.
+    # action contributes up to ten times the mean or more: 2% of error in the mean of 8192.
     assert np.allclose(report.kl, radius, rtol=0.1)
     assert report.improvement > 10 * report.improvement_stderr
     assert report.folded <= 0.02 + 0.01 and report.non_finite == 0

@@ -176,6 +176,6 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     titles = "exact velocity (one line a mixture)", "learned flow"
     for panel, title in zip(axes, titles, strict=True):
         panel.set(title=title, xlabel="time", ylim=(0, 1.5))
-        panel.legend(frameon=False)
+        panel.legend(loc="upper left", fontsize=8)
     axes[0].set_ylabel("relative error of the score")
     return figure

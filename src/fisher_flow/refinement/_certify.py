@@ -27,14 +27,14 @@ class Certificate(eqx.Module):
     """
 
     kl: Scalar
-    """The measured KL from the unrefined policy, in nats, averaged over observations."""
+    """The measured KL from the unrefined policy, in nats, averaged over observations. In a chain,
+    where the measure of the method is `from_flow`, that from the flow underneath."""
 
     kl_stderr: Scalar
     """Its standard error."""
 
     kl_predicted: Scalar
-    """The mean cost by the metric of the flow; it should be near `kl` for metrics that predict a
-    KL."""
+    """The mean cost by the metric of the flow; near `kl` for metrics that predict a KL."""
 
     radius: Scalar
     """The KL that was asked for."""
@@ -255,7 +255,7 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
         gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
         return dict(
             terms=terms,
-            predicted=jnp.where(moved & jnp.isfinite(predicted), predicted, 0),
+            predicted=jnp.where(jnp.isfinite(predicted), predicted, 0),
             gain=jnp.where(moved, gain, 0),
             non_finite=~finite,
         )

@@ -77,7 +77,7 @@ class NaturalStep(AbstractRefinement):
         num_steps: int = 1,
         max_folded: ScalarLike = 0.01,
         num_auxiliary: int = 64,
-        num_calibration: int = 4096,
+        num_calibration: int = 16_384,
         solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True),
         measure: TransportKL | None = None,
     ):
@@ -119,7 +119,7 @@ class NaturalStep(AbstractRefinement):
         check_at_least("max_folded", max_folded, 0, 0.01)
         check_positive_integer("num_steps", num_steps, 1)
         check_positive_integer("num_auxiliary", num_auxiliary, 64)
-        check_positive_integer("num_calibration", num_calibration, 4096)
+        check_positive_integer("num_calibration", num_calibration, 16_384)
         check_instance("solver", solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)")
         self.metric = metric
         self.radius = radius
