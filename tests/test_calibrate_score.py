@@ -133,3 +133,18 @@ def test_certificate_says_which_score(getkey):
 def test_plot():
     figure = calibrate(bimodal().policy(), bimodal().sample(64, jr.key(0))).plot()
     assert len(figure.axes[0].lines) == 4
+
+
+def test_velocities_without_a_reverse_derivative():
+    """A square root beyond the data, whose derivative is NaN in reverse mode, changes nothing."""
+    velocity = bimodal().velocity()
+
+    def masked(t, x, observation):
+        beyond = jnp.sqrt(x - 100)
+        return jnp.where(x > 100, beyond, velocity(t, x, observation))
+
+    actions = bimodal().sample(2048, jr.key(0))
+    expected = calibrate(bimodal().policy(), actions)
+    score = calibrate(ff.FlowPolicy(masked, (2,)), actions)
+    assert np.allclose(score.relative_errors, expected.relative_errors, rtol=1e-6)
+    assert np.all(score.relative_errors > 0)

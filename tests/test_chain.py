@@ -118,3 +118,29 @@ def test_follows_a_critic_that_bends():
     more = last.total_improvement - single.improvement
     assert more > 3 * jnp.hypot(last.total_improvement_stderr, single.improvement_stderr)
     assert last.folded <= 0.001
+
+
+def test_goes_on_from_what_a_policy_has_spent(translated):
+    policy, _ = translated
+    critic = Critic(g, jnp.float64)
+    metric = ff.ObservedInformation(ff.PerturbedScore(time=0.95), smoothing=jnp.asarray(0.0))
+    make = lambda radius: ff.NaturalStep(metric, jnp.asarray(radius), damping=jnp.asarray(1e-6))
+    once = ff.refine(policy, critic, make(0.1), observations=observations)
+    result = ff.refine_chain(once, critic, make(0.4), num_steps=2, observations=observations)
+    assert result.start is not None and np.allclose(result.start.total_kl, 0.1, rtol=0.02)
+    # Equal distances: the roots of the KLs rise from 0.1 to 0.4 in equal steps.
+    expected = np.square(np.sqrt(0.1) + np.array([0.5, 1.0]) * (np.sqrt(0.4) - np.sqrt(0.1)))
+    assert np.allclose([report.kl for report in result.certificates], expected, rtol=0.02)
+    assert "start" in str(result) and np.size(result.plot().axes[0].lines[0].get_xdata()) == 4
+    with pytest.raises(ValueError, match=r"spent since its flow, 0\.0?9.*NaturalStep\(radius=0\.1"):
+        ff.refine_chain(once, critic, make(0.05), observations=observations)
+
+
+def test_held_out_is_checked_before_the_first_step():
+    policy = shifted_policy(correlated())
+    with pytest.raises(
+        ValueError, match=r"`held_out` must be a batch.*held_out=observations\[n:\]"
+    ):
+        ff.refine_chain(
+            policy, Critic(g, jnp.float64), observations=observations, held_out=jnp.zeros((8, 3))
+        )

@@ -1,5 +1,7 @@
 """Where an assumption fails, and what of it is measured. `docs/theory/limits.md` shows the rest."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -28,7 +30,8 @@ def test_clipping_spends_less_than_is_measured(shift):
     ).kl
     assert np.allclose(measured, 0.5 * shift**2, rtol=1e-3)
 
-    before, after = stats.norm(0.2), stats.norm(0.2 + shift)
+    before: Any = stats.norm(0.2)
+    after: Any = stats.norm(0.2 + shift)
     atoms = np.array([[p.cdf(-1), p.sf(1)] for p in (before, after)])
     x = np.linspace(-1, 1, 20_001)
     between = np.trapezoid(after.pdf(x) * (after.logpdf(x) - before.logpdf(x)), x)

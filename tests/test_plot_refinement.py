@@ -45,7 +45,7 @@ def test_densities_hold_all_the_mass(panel, drawn):
     _, figure = drawn
     (mesh,) = of_kind(figure.axes[panel], QuadMesh)
     points = np.asarray(mesh.get_coordinates())
-    density = np.asarray(mesh.get_array()).reshape(45, 45)
+    density = np.asarray(mesh.get_array()).reshape(46, 46)
     edges = points[1:, 1:] - points[:-1, :-1], points[1:, :-1] - points[:-1, 1:]
     areas = 0.5 * np.abs(edges[0][..., 0] * edges[1][..., 1] - edges[0][..., 1] * edges[1][..., 0])
     centre = 0.25 * (density[1:, 1:] + density[1:, :-1] + density[:-1, 1:] + density[:-1, :-1])
@@ -53,11 +53,11 @@ def test_densities_hold_all_the_mass(panel, drawn):
 
 
 def test_ellipses_have_the_axes_of_the_covariance(drawn):
-    # The metric is the inverse covariance, and damped by a tenth of its mean eigenvalue.
-    _, figure = drawn
+    # The metric is the inverse covariance, with the damping that the step has settled.
+    refined, figure = drawn
     ellipses = of_kind(figure.axes[0], Ellipse)
     precision = np.linalg.inv(covariance)
-    w, V = np.linalg.eigh(precision + 0.1 * np.trace(precision) / 2 * np.eye(2))
+    w, V = np.linalg.eigh(precision + float(refined.displacement_field.damping) * np.eye(2))
     assert len(ellipses) == 3
     for ellipse in ellipses:
         assert np.allclose(ellipse.width / ellipse.height, np.sqrt(w[1] / w[0]), rtol=0.02)
@@ -75,3 +75,15 @@ def test_other_sizes_are_refused():
     refined = ff.refine(policy, lambda o, a: jnp.sum(a))
     with pytest.raises(ValueError, match=r"two entries.*certify\(policy, critic"):
         ff.plot_refinement(refined, o)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(limits=(1.0, -1.0, 0.0, 1.0)), r"Write `limits=\(-1\.0, 1\.0, -1\.0, 1\.0\)`"),
+        (dict(num_ellipses=0), "`num_ellipses` must be an integer of at least 1"),
+    ],
+)
+def test_messages(options, message, drawn):
+    with pytest.raises(ValueError, match=message):
+        ff.plot_refinement(drawn[0], o, **options)

@@ -128,6 +128,9 @@ def test_drawn_with_its_log_density(policies):
     action, log_p = policy.draw_and_log_prob(o, key=key)
     assert np.allclose(action, policy.draw(o, key=key), rtol=1e-12)
     assert np.allclose(log_p, policy.log_prob(o, action), atol=1e-6)  # that one by inverting
+    # On the line a probe of random signs is exact.
+    _, probed = policy.draw_and_log_prob(o, key=key, num_probes=1)
+    assert np.allclose(log_p, probed, atol=1e-6)
 
 
 @pytest.mark.parametrize("known", [True, False])

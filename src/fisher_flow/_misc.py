@@ -94,6 +94,13 @@ def check_equal_lengths(**batches: PyTree[Any]) -> int:
     return next(iter(lengths.values()))
 
 
+def random_rows(tree: PyTree[Any], num: int, *, key: PRNGKeyArray) -> PyTree[Any]:
+    """Rows of a batch, drawn at random with replacement."""
+    length = jnp.shape(jax.tree.leaves(tree)[0])[0]
+    rows = jax.random.randint(key, (num,), 0, length)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tree)
+
+
 def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
     """Lays PyTrees of arrays side by side in one vector, for the input of a network."""
     return jax.flatten_util.ravel_pytree(trees)[0]

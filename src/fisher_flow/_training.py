@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax import lax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
 
 
 # update(args, state, key, step) -> state, logs
@@ -62,6 +62,11 @@ def run_chunk(update: Update, args: Any, state: Any, start: Array, stop: Array, 
     arrays, totals = lax.fori_loop(start, stop, step, (arrays, totals))
     count = stop - start
     return eqx.combine(arrays, static), jax.tree.map(lambda total: total / count, totals)
+
+
+def decaying_adam(learning_rate: ScalarLike, num_updates: int) -> optax.GradientTransformation:
+    """Adam with a rate that falls to zero along a cosine."""
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_updates))
 
 
 def apply_gradient(

@@ -2,12 +2,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
-from jaxtyping import Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Data, Observation
-from .._misc import check_equal_lengths, check_instance, check_positive_integer
-from .._training import apply_gradient, train
+from .._misc import (
+    check_at_least,
+    check_equal_lengths,
+    check_instance,
+    check_positive_integer,
+)
+from .._training import apply_gradient, decaying_adam, train
 from ._policy import FlowPolicy
 
 
@@ -61,7 +65,7 @@ def fit_flow(
     *,
     num_updates: int = 20_000,
     batch_size: int = 256,
-    learning_rate: float = 1e-3,
+    learning_rate: ScalarLike = 1e-3,
     progress: bool = True,
     key: PRNGKeyArray,
 ) -> FlowPolicy:
@@ -97,6 +101,9 @@ def fit_flow(
     check_equal_lengths(observations=observations, actions=actions)
     check_positive_integer("num_updates", num_updates, 20_000)
     check_positive_integer("batch_size", batch_size, 256)
+    check_at_least("learning_rate", learning_rate, 0, 1e-3)
+    # An array, so that another rate is no reason to compile again.
+    learning_rate = jnp.asarray(learning_rate)
     observations, actions = jax.tree.map(jnp.asarray, (observations, actions))
     if actions.shape[1:] != policy.action_shape:
         raise ValueError(
@@ -121,7 +128,7 @@ def fit_flow(
             "parameters: `FlowPolicy(VelocityMLP(observation_size, action_shape, key=key), "
             "action_shape)`."
         )
-    optimiser_state = _optimiser(learning_rate, num_updates).init(parameters)
+    optimiser_state = decaying_adam(learning_rate, num_updates).init(parameters)
     args = (observations, actions, batch_size, learning_rate, num_updates)
     policy, _ = train(
         _update,
@@ -133,10 +140,6 @@ def fit_flow(
         description="behaviour flow",
     )
     return policy
-
-
-def _optimiser(learning_rate, num_updates):
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_updates))
 
 
 def _update(args, state, key, step):
@@ -155,7 +158,7 @@ def _update(args, state, key, step):
         return jnp.mean(jax.vmap(loss)(batch, jr.split(loss_key, batch_size)))
 
     loss, gradient = loss_and_gradient(policy)
-    optimiser = _optimiser(learning_rate, num_updates)
+    optimiser = decaying_adam(learning_rate, num_updates)
     field, optimiser_state = apply_gradient(
         optimiser, gradient.velocity_field, optimiser_state, policy.velocity_field
     )

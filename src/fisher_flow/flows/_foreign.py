@@ -64,7 +64,8 @@ def check_inference(name: str, network: Any) -> None:
     nnx = sys.modules.get("flax.nnx")
     layers = (eqx.nn.Dropout, eqx.nn.BatchNorm)
     kinds = layers if nnx is None else (*layers, nnx.Module)
-    hint = f"FlowPolicy(eqx.nn.inference_mode({name}), action_shape)"
+    policy = "OneStepPolicy" if name == "network" else "FlowPolicy"
+    hint = f"{policy}(eqx.nn.inference_mode({name}), action_shape)"
     training = []
     for x in jax.tree.leaves(network, is_leaf=lambda x: isinstance(x, kinds)):
         if isinstance(x, layers):
@@ -77,7 +78,7 @@ def check_inference(name: str, network: Any) -> None:
                 if (drops and not layer.deterministic) or (
                     isinstance(layer, nnx.BatchNorm) and not layer.use_running_average
                 ):
-                    hint = "model.eval()` first, then `FlowPolicy(model, action_shape)"
+                    hint = f"model.eval()` first, then `{policy}(model, action_shape)"
                     training.append(layer)
     if len(training) > 0:
         raise ValueError(

@@ -11,7 +11,8 @@ from jaxtyping import PRNGKeyArray
 from .._custom_types import Action, Observation
 from .._misc import ravel_inputs
 from ._bounds import checked_bounds, TanhBounds
-from ._policy import AbstractPolicy, checked_shape
+from ._foreign import check_inference
+from ._policy import AbstractPolicy, checked_shape, sample_dtype
 
 
 class OneStepPolicy(AbstractPolicy):
@@ -45,7 +46,8 @@ class OneStepPolicy(AbstractPolicy):
         **Other arguments:**
 
         - `bounds`: as of a [`fisher_flow.FlowPolicy`][].
-        - `dtype`: the dtype of the noise. By default JAX's own.
+        - `dtype`: the dtype of the noise. By default that of the arrays in `network`, else that
+            of the observation, else JAX's default.
 
         **Raises:**
 
@@ -57,10 +59,11 @@ class OneStepPolicy(AbstractPolicy):
                 f"`{network!r}`. Write `OneStepPolicy(lambda observation, noise: ..., "
                 "action_shape)`."
             )
+        check_inference("network", network)
         self.network = network
         self.action_shape = checked_shape(action_shape)
         self.bounds = checked_bounds(bounds, self.action_shape)
-        self.dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
 
     def __call__(self, observation: Observation, noise: Action) -> Action:
         r"""The action $\mu(o, z)$, not yet held to the bounds.
@@ -85,7 +88,8 @@ class OneStepPolicy(AbstractPolicy):
         return jnp.asarray(action, noise.dtype)
 
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
-        return self(observation, jr.normal(key, self.action_shape, self.dtype))
+        dtype = sample_dtype(self.dtype, self.network, observation)
+        return self(observation, jr.normal(key, self.action_shape, dtype))
 
 
 class ActionMLP(eqx.Module):

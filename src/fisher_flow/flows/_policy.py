@@ -130,18 +130,26 @@ class AbstractFlowPolicy(AbstractPolicy):
 
         - `observation`: one observation, any PyTree of arrays.
         - `key`: a `jax.random.key`; the same gives the same action as in `draw`.
-        - `**options`: passed on to the `log_prob` of the flow.
+        - `**options`: passed on to the `log_prob` of the flow, for example `num_probes=4`.
 
         **Returns:**
 
-        The action, and its log-density in nats. For the action of
+        The action, and its log-density in nats; NaN where a map folds. For the action of
         [`fisher_flow.TanhBounds`][], subtract `bounds.log_det(action)`.
+
+        **Raises:**
+
+        - As `log_prob`.
         """
         flow = self.flow_policy
         b = flow.draw(observation, key=key)
+        # A key of its own: the probes must not depend on the noise that made the action.
+        log_p: Array = flow.log_prob(observation, b, key=jr.fold_in(key, 1), **options)
+        if flow is self:
+            return b, log_p
         action, jacobian = value_and_jacobian(lambda b: self.from_flow(observation, b), b)
-        log_p: Array = flow.log_prob(observation, b, **options)
-        return action, log_p - jnp.linalg.slogdet(jacobian)[1]
+        sign, log_det = jnp.linalg.slogdet(jacobian)
+        return action, log_p - log_det + jnp.where(sign > 0, 0, jnp.nan)
 
     @abc.abstractmethod
     def score(
@@ -323,7 +331,9 @@ class FlowPolicy(AbstractFlowPolicy):
 
     def noise(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
         """Draws $x(0)$, in the dtype of the policy."""
-        return jr.normal(key, self.action_shape, self._sample_dtype(observation))
+        return jr.normal(
+            key, self.action_shape, sample_dtype(self.dtype, self.velocity_field, observation)
+        )
 
     def flow(self, observation: Observation, noise: Action) -> Action:
         """Integrates the velocity from `noise` at time 0 to an action at time 1.
@@ -439,16 +449,6 @@ class FlowPolicy(AbstractFlowPolicy):
     ) -> Action:
         return estimator(self.path, lambda t, x: self.velocity(t, x, observation), action)
 
-    def _sample_dtype(self, observation: Observation):
-        if self.dtype is not None:
-            return self.dtype
-        for tree in (self.velocity_field, observation):
-            leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | np.ndarray)]
-            dtypes = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-            if len(dtypes) > 0:
-                return jnp.result_type(*dtypes)
-        return jnp.result_type(float)
-
     def _integrate(self, vector_field, y, dtype, *, direction, solver, stepsize_controller):
         # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax
         # promotes a float32 state to float64.
@@ -477,6 +477,19 @@ class FlowPolicy(AbstractFlowPolicy):
         )
         assert solution.ys is not None
         return jax.tree.map(lambda leaf: leaf[0], solution.ys)
+
+
+def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
+    """The dtype of actions: the one that is given, else that of the network's arrays, else that of
+    the observation, else JAX's default."""
+    if dtype is not None:
+        return dtype
+    for tree in (network, observation):
+        leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | np.ndarray)]
+        dtypes = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+        if len(dtypes) > 0:
+            return jnp.result_type(*dtypes)
+    return jnp.result_type(float)
 
 
 def checked_shape(action_shape: Any) -> tuple[int, ...]:

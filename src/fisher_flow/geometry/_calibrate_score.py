@@ -194,27 +194,28 @@ def _calibrate(
     flow, observations, actions = constant((flow, observations, actions))
     keys = jr.split(key, actions.shape[0])
 
-    def over_rows(function):
-        return lax.map(function, (observations, actions, keys), batch_size=256)
+    def over_rows(function, *columns):
+        rows = (observations, actions, *columns)
+        return lax.map(lambda row: function(*row), rows, batch_size=256)
 
     def score_and_divergence(time):
         score = PerturbedScore(time, order=1)
 
-        def of_one(row):
-            o, a, key = row
+        def of_one(o, a, key):
             probes = None if num_probes is None else rademacher_probes(num_probes, a, key)
             return value_and_divergence(lambda a: score(flow, o, a), a, probes)
 
-        return over_rows(of_one)
+        return over_rows(of_one, keys)
 
-    def energy_and_gradient(time):
+    def energy_and_slopes(time, scores):
+        """½|ŝ|², and its derivatives along all the scores."""
         score = PerturbedScore(time, order=1)
 
-        def of_one(row):
-            o, a, _ = row
-            return jax.value_and_grad(lambda a: 0.5 * jnp.sum(score(flow, o, a) ** 2))(a)
+        def of_one(o, a, directions):
+            s, push = jax.linearize(lambda a: score(flow, o, a), a)
+            return 0.5 * jnp.sum(s**2), jax.vmap(lambda v: jnp.vdot(s, push(v)))(directions)
 
-        return over_rows(of_one)
+        return over_rows(of_one, jnp.moveaxis(scores, 0, 1))
 
     # Noise that halves in variance, so that the second order takes two neighbours.
     deviation = jnp.mean(jnp.std(actions, axis=0))
@@ -229,7 +230,8 @@ def _calibrate(
     best = jnp.argmin(jnp.where(jnp.isfinite(criterion), criterion, jnp.inf))
     order, index = jnp.unravel_index(best, criterion.shape)
 
-    information = _explained_information(s, divergence, *energy_and_gradient(times[index]))
+    energies, slopes = energy_and_slopes(times[index], s)
+    information = _explained_information(s, divergence, energies, slopes)
     relative_errors = jnp.sqrt(jnp.maximum(1 + 2 * criterion / information, 0))
     return CalibratedScore(
         time=times[index],
@@ -245,42 +247,35 @@ def _explained_information(
     scores: Float[Array, "times batch *action"],
     divergences: Float[Array, "times batch"],
     energies: Float[Array, " batch"],
-    energy_gradients: Float[Array, "batch ..."],
+    slopes: Float[Array, "batch times"],
 ) -> Scalar:
     r"""The Fisher information that a linear regression of the score on the estimates explains.
 
     By Stein's identity $\mathbb E[s \cdot f] = -\mathbb E[\nabla \cdot f]$ for any field $f$, so
     the unknown score can be regressed on fields: here on $\hat s$ and on $e^{-u/c} \hat s$, with
-    $u = \frac12\|\hat s\|^2$ at the chosen time and several $c$.
+    $u = \frac12\|\hat s\|^2$ at the chosen time and several $c$. NaN if no field is finite.
     """
-    num_actions = scores.shape[1]
-    scores = scores.reshape(*scores.shape[:2], -1)
-    gradients = energy_gradients.reshape(num_actions, -1)
+    num_times, num_actions = divergences.shape
+    scores = scores.reshape(num_times, num_actions, -1)
     quantiles = jnp.asarray([0.25, 0.5, 0.75, 0.9], energies.dtype)
-    # The last level holds nothing back.
-    levels = jnp.append(jnp.nanquantile(energies, quantiles), jnp.inf)
+    levels = jnp.nanquantile(energies, quantiles)[:, None]
+    # ∇·(e^{-u/c} ŝ) = e^{-u/c} (∇·ŝ - ŝ·∇u / c)
+    gates = jnp.exp(-energies[None] / levels)
+    gated = gates[:, None] * (divergences[None] - slopes.T[None] / levels[:, None])
+    gates = jnp.concatenate([gates, jnp.ones_like(gates[:1])])  # the last holds nothing back
+    target = -jnp.mean(jnp.concatenate([gated, divergences[None]]), axis=2).reshape(-1)
+    # Level by level, as the fields themselves would take much memory.
+    products = jnp.einsum("tni,uni->tun", scores, scores)
+    gram = jnp.einsum("ln,mn,tun->ltmu", gates, gates, products) / num_actions
+    gram = gram.reshape(len(target), len(target))
 
-    def of_level(c):
-        gate = jnp.exp(-energies / c)
-
-        def of_time(s, divergence):
-            divergence = gate * divergence - gate / c * jnp.sum(s * gradients, axis=1)
-            return gate[:, None] * s, divergence
-
-        return jax.vmap(of_time)(scores, divergences)
-
-    fields, divergences = jax.vmap(of_level)(levels)
-    fields = fields.reshape(-1, *fields.shape[2:])
-    divergences = divergences.reshape(-1, num_actions)
     # An estimate that is not finite accounts for nothing; the others are scaled to be alike.
-    squares = jnp.mean(jnp.sum(fields**2, axis=2), axis=1)
-    known = jnp.isfinite(squares) & (squares > 0) & jnp.all(jnp.isfinite(divergences), axis=1)
-    scale = jnp.sqrt(jnp.where(known, squares, 1))
-    fields = jnp.where(known[:, None, None], fields / scale[:, None, None], 0)
-    divergences = jnp.where(known[:, None], divergences / scale[:, None], 0)
-
-    gram = jnp.einsum("kni,lni->kl", fields, fields) / num_actions
+    squares = jnp.diagonal(gram)
+    known = jnp.isfinite(squares) & (squares > 0) & jnp.isfinite(target)
+    scale: Array = jnp.where(known, jnp.sqrt(squares), 1)
+    target = jnp.where(known, target / scale, 0)
+    gram = jnp.where(known[:, None] & known[None], gram / jnp.outer(scale, scale), 0)
     ridge = 1e-4 * jnp.eye(len(gram), dtype=gram.dtype)  # neighbouring estimates are much alike
-    target = -jnp.mean(divergences, axis=1)
     weights = jnp.linalg.solve(gram + ridge, target)
-    return 2 * weights @ target - weights @ gram @ weights
+    explained: Array = 2 * weights @ target - weights @ gram @ weights
+    return explained + jnp.where(jnp.any(known), 0, jnp.nan)

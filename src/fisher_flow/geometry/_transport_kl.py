@@ -183,16 +183,14 @@ class TransportKL(eqx.Module):
             stein=jnp.sum(s[0] * δ) + divergence,
         )
         known = jnp.isfinite(terms.kl) & jnp.isfinite(terms.stein)
+        # An action that stays costs nothing, whether or not it has a score.
+        map_and_jacobian = (δ, J) if self.from_flow else (displacement, jacobian)
+        moved = jnp.any(map_and_jacobian[0] != 0) | jnp.any(map_and_jacobian[1] != 0)
         zero = jnp.zeros_like(terms.kl)
-        folded = jnp.where(known, terms.folded, True)
-        if not self.from_flow or isinstance(policy, FlowPolicy):
-            # An action that stays costs nothing, whether or not it has a score.
-            moved = jnp.any(displacement != 0) | jnp.any(jacobian != 0)
-            known, folded = known & moved, folded & moved
         return TransportTerms(
-            kl=jnp.where(known, terms.kl, zero),
-            folded=folded,
-            stein=jnp.where(known, terms.stein, zero),
+            kl=jnp.where(known & moved, terms.kl, zero),
+            folded=jnp.where(known, terms.folded, True) & moved,
+            stein=jnp.where(known & moved, terms.stein, zero),
         )
 
     def in_flow_coordinates(

@@ -2,16 +2,15 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree, ScalarLike
 
 from .._custom_types import Critic
-from .._misc import batch_length, check_instance, check_positive_integer
-from ..flows import AbstractFlowPolicy, AbstractPolicy, fit_flow, FlowPolicy
-from ._fidelity import critic_of, measure_fidelity, Refit
-from ._selection import AbstractSelection
+from .._misc import check_instance, check_positive_integer, random_rows
+from ..flows import AbstractPolicy, as_flow_policy, fit_flow, FlowPolicy
+from ._fidelity import checked_held_out, critic_of, measure_fidelity, Refit
+from ._selection import flow_underneath
 
 
 def absorb(
@@ -24,7 +23,7 @@ def absorb(
     num_samples: int = 65_536,
     num_updates: int = 20_000,
     batch_size: int = 256,
-    learning_rate: float = 1e-3,
+    learning_rate: ScalarLike = 1e-3,
     progress: bool = True,
     key: PRNGKeyArray,
 ) -> Refit:
@@ -59,15 +58,15 @@ def absorb(
 
     **Arguments:**
 
-    - `policy`: the policy to absorb: a refined one, or a [`fisher_flow.BestOf`][] or
-        [`fisher_flow.Resample`][] of it.
+    - `policy`: the policy to absorb: a refined one, a [`fisher_flow.BestOf`][] or
+        [`fisher_flow.Resample`][] of it, or any other that draws actions.
     - `observations`: the observations to learn at, any PyTree of arrays with a leading axis.
 
     **Other arguments:**
 
     - `critic`: by which the loss is judged; by default that of the policy.
-    - `flow`: the flow policy to start from, whose velocity field is trained. By default the flow
-        underneath `policy`, which is the nearest thing at hand.
+    - `flow`: the flow policy to start from, whose velocity field is trained, of the same bounds. By
+        default the flow underneath `policy`, which is the nearest thing at hand.
     - `held_out`: the observations to measure the loss at; by default `observations`.
     - `num_samples`: the number of actions that are drawn to learn from.
     - `num_updates`, `batch_size`, `learning_rate`, `progress`: as of [`fisher_flow.fit_flow`][].
@@ -80,20 +79,32 @@ def absorb(
 
     **Raises:**
 
-    - `ValueError` if an argument is not of its kind, or the velocity holds no arrays to train.
+    - `ValueError` if an argument is not of its kind, the velocity holds no arrays to train, or
+        the policy draws an action that is not finite.
     """
-    check_instance("policy", policy, AbstractPolicy, "fisher_flow.refine(policy, critic)")
-    critic = critic_of(policy, critic)
-    start: Any = _flow_underneath(policy) if flow is None else flow
-    check_instance("flow", start, FlowPolicy, "fisher_flow.FlowPolicy(velocity, action_shape)")
+    policy = policy if isinstance(policy, AbstractPolicy) else as_flow_policy(policy)
+    critic = critic_of(policy, critic, observations)
+    held_out = checked_held_out(held_out, observations)
+    check_positive_integer("num_samples", num_samples, 65_536)
+    start: Any = flow_underneath(policy) if flow is None else flow
+    shape, bounds = policy.action_shape, policy.bounds
+    options = "" if bounds is None else f", bounds={bounds}"
+    example = f"FlowPolicy(VelocityMLP(observation_size, {shape}, key=key), {shape}{options})"
+    check_instance("flow", start, FlowPolicy, example)
     if not any(map(eqx.is_inexact_array, jax.tree.leaves(start.velocity_field))):
         raise ValueError(
             "`flow` must have a velocity field with arrays to train, but its field "
-            f"`{start.velocity_field!r}` has none. Write `flow=FlowPolicy(VelocityMLP("
-            f"observation_size, {start.action_shape}, key=key), {start.action_shape})`."
+            f"`{start.velocity_field!r}` has none. Write `flow={example}`."
+        )
+    if (start.action_shape, start.bounds) != (shape, bounds):
+        raise ValueError(
+            f"`flow` must have the action shape and the bounds of the policy, {shape} and "
+            f"{bounds}, but got {start.action_shape} and {start.bounds}. Write `flow={example}`."
         )
     draw_key, fit_key, measure_key = jr.split(key, 3)
-    o, a = _draw_samples(policy, observations, num_samples, key=draw_key)
+    row_key, action_key = jr.split(draw_key)
+    o = random_rows(observations, num_samples, key=row_key)
+    a = _draw(policy, o, jr.split(action_key, num_samples))
     # With noise of its own for every action: the score is read off a path whose noise is Gaussian
     # and independent of its end, which the noise that made the action is not.
     fitted = fit_flow(
@@ -106,24 +117,7 @@ def absorb(
         progress=progress,
         key=fit_key,
     )
-    held_out = observations if held_out is None else held_out
     return Refit(fitted, measure_fidelity(policy, fitted, critic, held_out, key=measure_key))
-
-
-def _flow_underneath(policy: AbstractPolicy) -> FlowPolicy | None:
-    chosen_from = policy.policy if isinstance(policy, AbstractSelection) else policy
-    return chosen_from.flow_policy if isinstance(chosen_from, AbstractFlowPolicy) else None
-
-
-def _draw_samples(
-    policy: AbstractPolicy, observations: PyTree[Any], num_samples: int, *, key: PRNGKeyArray
-) -> tuple[PyTree[Any], Any]:
-    """Observations chosen at random, and an action of the policy, before its bounds, at each."""
-    check_positive_integer("num_samples", num_samples, 65_536)
-    row_key, key = jr.split(key)
-    rows = jr.randint(row_key, (num_samples,), 0, batch_length("observations", observations))
-    observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    return observations, _draw(policy, observations, jr.split(key, num_samples))
 
 
 @eqx.filter_jit

@@ -134,8 +134,11 @@ class Certificate(eqx.Module):
             alpha=0.25,
             linewidth=0,
         )
-        predicted = self.kl_predicted * self.fractions**2
-        left.plot(self.fractions, predicted, "--", color="C1", label="predicted by the metric")
+        if self.kl_by_fraction[0] == 0:
+            predicted = self.kl_predicted * self.fractions**2
+            left.plot(self.fractions, predicted, "--", color="C1", label="predicted by the metric")
+        else:  # in a chain, what came before has a part in it
+            left.plot(1, self.kl_predicted, "D", color="C1", label="predicted by the metric")
         left.axhline(float(self.radius), color="0.5", linewidth=1, label="radius")
         left.axvline(1.0, color="0.5", linewidth=1, linestyle=":")
         top = max(float(jnp.nanmax(self.kl_by_fraction)), float(self.radius))

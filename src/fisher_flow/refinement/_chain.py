@@ -1,3 +1,4 @@
+import math
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
@@ -10,9 +11,11 @@ from .._misc import batch_length, check_equal_lengths, check_instance, check_pos
 from ..flows import AbstractFlowPolicy, as_flow_policy
 from ..geometry import TransportKL
 from ._certify import Certificate, certify
+from ._fidelity import checked_held_out
 from ._method import AbstractRefinement, check_critic
 from ._natural_step import NaturalStep
 from ._refine import calibrate, refine
+from ._refined_policy import RefinedPolicy
 
 
 if TYPE_CHECKING:
@@ -33,6 +36,9 @@ class RefinementChain(eqx.Module):
     `kl`, like `total_kl`, is the KL from the flow underneath, `radius` what this step was to bring
     it to, and `improvement` the gain of this step alone."""
 
+    start: Certificate | None
+    """The certificate of the policy that the chain started from, if that was refined already."""
+
     rejected: Certificate | None
     """The certificate of a step that was not taken because it gained nothing, if there was one:
     its `improvement` is not above zero by two standard errors."""
@@ -40,6 +46,8 @@ class RefinementChain(eqx.Module):
     def __str__(self) -> str:
         header = f"{'step':<10}{'KL from the flow':<22}{'gain of the step':<22}{'in all':<22}folded"
         rows = [header]
+        if self.start is not None:
+            rows.append(_row("start", self.start))
         for i, report in enumerate(self.certificates):
             rows.append(_row(f"{i + 1}", report))
         if self.rejected is not None:
@@ -61,8 +69,10 @@ class RefinementChain(eqx.Module):
         def column(name, reports):
             return [float(getattr(report, name)) for report in reports]
 
+        start = () if self.start is None else (self.start,)
         kl, gain = (
-            [0.0, *column(name, self.certificates)] for name in ("total_kl", "total_improvement")
+            [0.0, *column(name, (*start, *self.certificates))]
+            for name in ("total_kl", "total_improvement")
         )
         axes.plot(kl, gain, "-", color="C0")
 
@@ -111,17 +121,20 @@ def refine_chain(
     A long correction is better made of short ones: each finds its direction anew where the one
     before it ended, and folds less. The KL is held where it matters, between the whole chain and
     the flow underneath. Distances of policies, not KLs, add up along a line, and to second order a
-    distance is the root of a KL; so step $i$ of $n$ brings the KL from the flow to
-    $\epsilon\, (i / n)^2$.
+    distance is the root of a KL; so step $i$ of $n$ brings the KL from a flow to
+    $\epsilon\, (i / n)^2$, and from a policy that has spent some already in equal distances from
+    there.
 
-    The chain ends early at a step whose certificate shows no gain: that step is not taken.
+    The chain ends early at a step whose certificate shows no gain: that step is not taken. This is
+    decided by what is measured, so a chain cannot be made inside `jax.jit`.
 
     **Arguments:**
 
     - `policy`: the flow policy, as for [`fisher_flow.refine`][]. What a refined policy has spent
         already counts.
     - `critic`: called as `critic(observation, action)`; returns a scalar, of which more is better.
-    - `method`: how each step is made. Its radius $\epsilon$ is that of the whole chain.
+    - `method`: how each step is made. Its radius $\epsilon$ is that of the whole chain, and so is
+        the share of actions that may fold.
 
     **Other arguments:**
 
@@ -137,7 +150,7 @@ def refine_chain(
 
     **Raises:**
 
-    - `ValueError` if an argument is not of its kind.
+    - `ValueError` if an argument is not of its kind, or the policy has spent the radius already.
 
     !!! tip
 
@@ -152,15 +165,26 @@ def refine_chain(
     batch_length("observations", observations)
     if actions is not None:
         check_equal_lengths(observations=observations, actions=actions)
-    held_out = observations if held_out is None else held_out
+    held_out = checked_held_out(held_out, observations)
     calibration_key, steps_key = jr.split(jr.key(0) if key is None else key)
     method = calibrate(method, refined, observations, actions, calibration_key)
     measure = method.measure
     measure = TransportKL(measure.score, measure.num_nodes, measure.num_probes, from_flow=True)
+    start, spent, total = None, 0.0, jnp.asarray(method.radius)
+    if isinstance(refined, RefinedPolicy):
+        start = certify(refined, critic, held_out, key=jr.fold_in(steps_key, num_steps))
+        spent = max(float(start.total_kl), 0.0)
+        if 0 < total <= spent:
+            raise ValueError(
+                "`method` must have a radius above what the policy has spent since its flow, "
+                f"{spent:.3g} nats, but got `radius={total:.3g}`. Write "
+                f"`{type(method).__name__}(radius={spent + total:.2g})`."
+            )
     certificates, rejected = [], None
     for i in range(num_steps):
         refine_key, certify_key = jr.split(jr.fold_in(steps_key, i))
-        radius = jnp.asarray(method.radius) * ((i + 1) / num_steps) ** 2
+        root, share = jnp.sqrt(method.radius), (i + 1) / num_steps
+        radius = (math.sqrt(spent) * (1 - share) + root * share) ** 2
         step = eqx.tree_at(
             lambda method: (method.radius, method.measure), method, (radius, measure)
         )
@@ -171,4 +195,4 @@ def refine_chain(
             break
         refined = candidate
         certificates.append(report)
-    return RefinementChain(refined, tuple(certificates), rejected)
+    return RefinementChain(refined, tuple(certificates), start, rejected)

@@ -5,15 +5,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree, ScalarLike
 
 from .._custom_types import Critic
-from .._misc import batch_length, check_positive_integer
-from .._training import apply_gradient, train
+from .._misc import check_at_least, check_positive_integer, random_rows
+from .._training import apply_gradient, decaying_adam, train
 from ..flows import ActionMLP, as_flow_policy, OneStepPolicy
-from ._fidelity import critic_of, measure_fidelity, Refit
+from ._fidelity import checked_held_out, critic_of, measure_fidelity, Refit
 from ._selection import AbstractSelection
 
 
@@ -43,7 +42,7 @@ def distill(
     Wasserstein distance $W_2^2$ between the two policies.
 
     Where the flow tears neighbouring noises apart, as between two modes, no smooth network follows:
-    it puts some actions in between. The certificate shows it as `energy` and `lost`.
+    it puts some actions in between. The fidelity shows it as `energy` and `lost`.
 
     **Arguments:**
 
@@ -70,7 +69,8 @@ def distill(
 
     **Raises:**
 
-    - `ValueError` if an argument is not of its kind.
+    - `ValueError` if an argument is not of its kind, the network holds no arrays to train, or the
+        policy draws an action that is not finite.
 
     ??? cite "Reference"
 
@@ -92,7 +92,8 @@ def distill(
             "`policy=absorb(policy, observations, key=key).policy`."
         )
     policy = as_flow_policy(policy)
-    critic = critic_of(policy, critic)
+    critic = critic_of(policy, critic, observations)
+    held_out = checked_held_out(held_out, observations)
     for name, value, example in (
         ("width_size", width_size, 256),
         ("depth", depth, 3),
@@ -101,28 +102,39 @@ def distill(
         ("batch_size", batch_size, 256),
     ):
         check_positive_integer(name, value, example)
+    check_at_least("learning_rate", learning_rate, 0, 1e-3)
+    # An array, so that another rate is no reason to compile again.
+    learning_rate = jnp.asarray(learning_rate)
     row_key, noise_key, network_key, train_key, measure_key = jr.split(key, 5)
-    rows = jr.randint(row_key, (num_samples,), 0, batch_length("observations", observations))
-    o = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+    o = random_rows(observations, num_samples, key=row_key)
     z, a = _noise_and_actions(policy, o, jr.split(noise_key, num_samples))
+    if not jnp.all(jnp.isfinite(a)):
+        raise ValueError(
+            "`policy` must draw finite actions at all `observations`, but some are not. Drop the "
+            "rows that are not finite: `keep = jnp.isfinite(observations).all(-1)`, then "
+            "`observations=observations[keep]`."
+        )
     if network is None:
         observation, action = jax.tree.map(lambda leaf: leaf[0], (o, a))
         network = ActionMLP(observation, action, width_size, depth, key=network_key)
-    optimiser_state = _optimiser(learning_rate, num_updates).init(
-        eqx.filter(network, eqx.is_inexact_array)
-    )
-    trained, _ = train(
+    student = OneStepPolicy(network, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
+    parameters = eqx.filter(student, eqx.is_inexact_array)
+    if len(jax.tree.leaves(parameters)) == 0:
+        raise ValueError(
+            f"`network` must hold arrays to train, but `{network!r}` has none. Make it a module "
+            "with parameters, or leave it out: `distill(policy, observations, key=key)`."
+        )
+    optimiser_state = decaying_adam(learning_rate, num_updates).init(parameters)
+    student, _ = train(
         _update,
         (o, z, a, batch_size, learning_rate, num_updates),
-        (network, optimiser_state),
+        (student, optimiser_state),
         num_updates,
         key=train_key,
         progress=progress,
         description="distillation",
     )
-    fitted = OneStepPolicy(trained, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
-    held_out = observations if held_out is None else held_out
-    return Refit(fitted, measure_fidelity(policy, fitted, critic, held_out, key=measure_key))
+    return Refit(student, measure_fidelity(policy, student, critic, held_out, key=measure_key))
 
 
 @eqx.filter_jit
@@ -137,22 +149,18 @@ def _noise_and_actions(policy, observations, keys):
     return lax.map(one, (observations, keys), batch_size=256)
 
 
-def _optimiser(learning_rate, num_updates):
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_updates))
-
-
 def _update(args, state, key, step):
     del step
     observations, noises, actions, batch_size, learning_rate, num_updates = args
-    network, optimiser_state = state
+    student, optimiser_state = state
     rows = jr.randint(key, (batch_size,), 0, actions.shape[0])
     o, z, a = jax.tree.map(lambda leaf: leaf[rows], (observations, noises, actions))
 
     @eqx.filter_value_and_grad
-    def loss_and_gradient(network):
-        return jnp.mean((jax.vmap(network)(o, z) - a) ** 2)
+    def loss_and_gradient(student):
+        return jnp.mean((jax.vmap(student)(o, z) - a) ** 2)
 
-    loss, gradient = loss_and_gradient(network)
-    optimiser = _optimiser(learning_rate, num_updates)
-    network, optimiser_state = apply_gradient(optimiser, gradient, optimiser_state, network)
-    return (network, optimiser_state), {"loss": loss}
+    loss, gradient = loss_and_gradient(student)
+    optimiser = decaying_adam(learning_rate, num_updates)
+    student, optimiser_state = apply_gradient(optimiser, gradient, optimiser_state, student)
+    return (student, optimiser_state), {"loss": loss}

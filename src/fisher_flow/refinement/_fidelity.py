@@ -14,7 +14,7 @@ from .._misc import batch_length
 from ..flows import AbstractFlowPolicy, AbstractPolicy, OneStepPolicy
 from ..geometry._krylov import dense_limit
 from ._method import check_critic, critic_value
-from ._selection import AbstractSelection
+from ._selection import flow_underneath
 
 
 class Fidelity(eqx.Module):
@@ -27,29 +27,32 @@ class Fidelity(eqx.Module):
     kl: Scalar
     r"""$\operatorname{KL}(\text{original} \,\|\, \text{fitted})$ in nats, averaged over
     observations. NaN where one of the two has no density: a choice among several actions, or a
-    one-step policy."""
+    one-step policy. It does not hold where a map of the original folds."""
 
     kl_stderr: Scalar
     """Its standard error."""
 
     distance: Scalar
-    """The root mean square distance between the actions that the two make of the same noise, over
-    that of two actions of the original. Zero is perfect. NaN unless both follow the noise, as a
-    one-step policy does."""
+    """The root mean square distance between the actions that the two make of the same noise, before
+    the bounds, over that of two actions of the original. Zero is perfect. NaN unless the fitted
+    policy follows the noise, as a one-step policy does."""
 
     energy: Scalar
     r"""The energy coefficient of the two distributions, from 0 (the same) to 1:
     $(2\,\mathbb E\|X - Y\| - \mathbb E\|X - X'\| - \mathbb E\|Y - Y'\|) /
-    2\,\mathbb E\|X - Y\|$ for actions $X$ of the original and $Y$ of the fitted policy."""
+    2\,\mathbb E\|X - Y\|$ for actions $X$ of the original and $Y$ of the fitted policy, before the
+    bounds."""
 
     improvement: Scalar
-    """The mean gain in the critic's value of the original policy over the flow underneath."""
+    """The mean gain in the critic's value of the original policy, within the bounds, over the flow
+    underneath; NaN if there is none."""
 
     improvement_stderr: Scalar
     """Its standard error."""
 
     lost: Scalar
-    """How much lower the critic's value of the fitted policy is than that of the original."""
+    """How much lower the critic's value of the fitted policy is than that of the original, within
+    the bounds."""
 
     lost_stderr: Scalar
     """Its standard error."""
@@ -58,27 +61,23 @@ class Fidelity(eqx.Module):
     """The number of actions that were drawn from each policy."""
 
     num_observations: int = eqx.field(static=True)
-    """The number of observations they were drawn at."""
+    """The number of observations they were drawn at, some of them repeatedly if they were few."""
 
     def __str__(self) -> str:
+        gain = f"{self.improvement:.4g} ± {self.improvement_stderr:.2g}"
+        # A dash where there is nothing to measure.
+        kl = "-" if jnp.isnan(self.kl) else f"{self.kl:.4g} ± {self.kl_stderr:.2g}"
+        distance = "-" if jnp.isnan(self.distance) else f"{self.distance:.3g}"
         rows = [
-            ("KL from the original (nats)", _plus_minus(self.kl, self.kl_stderr)),
-            ("distance at the same noise", _or_dash(self.distance)),
+            ("KL from the original (nats)", kl),
+            ("distance at the same noise", distance),
             ("energy coefficient", f"{self.energy:.3g}"),
-            ("gain in Q of the original", _plus_minus(self.improvement, self.improvement_stderr)),
-            ("  lost", _plus_minus(self.lost, self.lost_stderr)),
+            ("gain in Q of the original", gain),
+            ("  lost", f"{self.lost:.4g} ± {self.lost_stderr:.2g}"),
             ("actions, observations", f"{self.num_actions}, {self.num_observations}"),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _plus_minus(value: Scalar, stderr: Scalar) -> str:
-    return "-" if jnp.isnan(value) else f"{value:.4g} ± {stderr:.2g}"
-
-
-def _or_dash(value: Scalar) -> str:
-    return "-" if jnp.isnan(value) else f"{value:.3g}"
 
 
 class Refit(NamedTuple):
@@ -91,16 +90,36 @@ class Refit(NamedTuple):
     """What was lost."""
 
 
-def critic_of(policy: AbstractPolicy, critic: Critic | None) -> Critic:
+def critic_of(policy: AbstractPolicy, critic: Critic | None, observations: PyTree[Any]) -> Critic:
     """The critic to judge by: the one that is given, or by which the policy was made."""
-    critic = getattr(policy, "critic", None) if critic is None else critic
-    if critic is None:
+    batch_length("observations", observations)
+    chosen: Any = getattr(policy, "critic", None) if critic is None else critic
+    if chosen is None:
         raise ValueError(
             f"`critic` must be given for a `{type(policy).__name__}`, which was not made by one. "
             "Write `critic=critic`, the function `critic(observation, action)` to judge by."
         )
-    check_critic(critic)
-    return critic
+    check_critic(chosen)
+    # Once before all the training, so that a critic of another shape is refused at once.
+    observation = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], observations)
+    draw = lambda o, key: critic_value(policy, chosen, o, policy.draw(o, key=key))
+    eqx.filter_eval_shape(draw, observation, jr.key(0))
+    return chosen
+
+
+def checked_held_out(held_out: PyTree[Any] | None, observations: PyTree[Any]) -> PyTree[Any]:
+    """The observations to measure at: those that are given, or else those to learn at."""
+    if held_out is None:
+        return observations
+    batch_length("held_out", held_out)
+    shapes = lambda tree: jax.tree.map(lambda leaf: jnp.shape(leaf)[1:], tree)
+    if shapes(held_out) != shapes(observations):
+        raise ValueError(
+            f"`held_out` must be a batch of observations like `observations`, whose rows have the "
+            f"shapes {shapes(observations)}, but got {shapes(held_out)}. Write "
+            "`held_out=observations[n:]` and `observations=observations[:n]`."
+        )
+    return held_out
 
 
 def measure_fidelity(
@@ -120,13 +139,15 @@ def measure_fidelity(
     - `original`, `fitted`: the two policies.
     - `critic`: called as `critic(observation, action)`; the judge of the gain.
     - `observations`: a batch of observations.
-    - `num_observations`: how many of them are used, chosen at random, some repeatedly if they are
-        fewer.
+    - `num_observations`: how many of them are used, chosen at random; if there are fewer, all of
+        them, as often as another.
     - `num_actions`: the number of actions drawn from each policy at each of them; at least two.
     - `key`: a `jax.random.key`.
     """
     row_key, key = jr.split(key)
-    rows = jr.choice(row_key, batch_length("observations", observations), (num_observations,))
+    length = batch_length("observations", observations)
+    rows = jnp.concatenate([jr.permutation(row_key, length)] * -(-num_observations // length))
+    rows = rows[:num_observations]
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
     return _measure(original, fitted, critic, observations, num_actions, key)
 
@@ -134,8 +155,7 @@ def measure_fidelity(
 @eqx.filter_jit
 def _measure(original, fitted, critic, observations, num_actions, key) -> Fidelity:
     num_observations = batch_length("observations", observations)
-    base = original.policy if isinstance(original, AbstractSelection) else original
-    flow = base.flow_policy if isinstance(base, AbstractFlowPolicy) else original
+    flow = flow_underneath(original)
     nan = jnp.asarray(jnp.nan)
     has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (original, fitted))
     coupled = isinstance(original, AbstractFlowPolicy) and isinstance(fitted, OneStepPolicy)
@@ -144,10 +164,11 @@ def _measure(original, fitted, critic, observations, num_actions, key) -> Fideli
         # The same noise for both, so that what they have in common cancels in the difference.
         x, y = original.draw(o, key=key), fitted.draw(o, key=key)
         value = critic_value(original, critic, o, x)
+        before = nan if flow is None else critic_value(flow, critic, o, flow.draw(o, key=key))
         return dict(
             x=x,
             y=y,
-            gain=value - critic_value(flow, critic, o, flow.draw(o, key=key)),
+            gain=value - before,
             lost=value - critic_value(fitted, critic, o, y),
             kl=_log_ratio(original, fitted, o, key) if has_densities else nan,
             squared=jnp.sum((x - y) ** 2) if coupled else nan,
@@ -197,7 +218,7 @@ def _log_ratio(original, fitted, o, key) -> Scalar:
     z = flow.noise(o, key=key)
     a, jacobian = value_and_jacobian(lambda z: original.from_flow(o, flow.flow(o, z)), z)
     log_noise = jnp.sum(jax.scipy.stats.norm.logpdf(z))
-    options = {} if a.size <= dense_limit else dict(num_probes=4, key=key)
+    options = {} if a.size <= dense_limit else dict(num_probes=4, key=jr.fold_in(key, 1))
     log_fitted: Array = fitted.log_prob(o, a, **options)
     return log_noise - jnp.linalg.slogdet(jacobian)[1] - log_fitted
 

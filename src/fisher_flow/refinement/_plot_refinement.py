@@ -13,7 +13,7 @@ from .._custom_types import Critic, Observation
 from .._divergence import value_and_jacobian
 from .._misc import check_instance, check_positive_integer
 from ..geometry import AbstractMetric, FisherRao, ObservedInformation
-from ._method import critic_value
+from ._method import check_critic, critic_value
 from ._refined_policy import RefinedPolicy
 
 
@@ -50,7 +50,7 @@ def plot_refinement(
     - `critic`: by default the one that the policy was refined by.
     - `metric`: whose ellipses to draw. By default that of the refinement, or
         [`fisher_flow.ObservedInformation`][] instead of [`fisher_flow.FisherRao`][], which prices
-        fields rather than steps. It is damped as the refinement damps it.
+        fields rather than steps. It is drawn with the damping of the refinement.
     - `limits`: the smallest and largest first entry, and the smallest and largest second entry. By
         default where 99% of the actions of both policies lie, and a margin.
     - `resolution`: the number of points of the density along each axis.
@@ -63,7 +63,7 @@ def plot_refinement(
 
     **Raises:**
 
-    - `ValueError` if the actions do not have two entries.
+    - `ValueError` if an argument is not of its kind, or the actions do not have two entries.
     """
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
@@ -73,6 +73,7 @@ def plot_refinement(
     check_instance("policy", policy, RefinedPolicy, "fisher_flow.refine(policy, critic)")
     check_positive_integer("resolution", resolution, 80)
     check_positive_integer("num_arrows", num_arrows, 150)
+    check_positive_integer("num_ellipses", num_ellipses, 12)
     size = int(np.prod(policy.action_shape))
     if size != 2:
         raise ValueError(
@@ -81,12 +82,21 @@ def plot_refinement(
             "`certify(policy, critic, observations, key=key).plot()`, which takes any size."
         )
     critic = policy.critic if critic is None else critic
+    check_critic(critic)
     if metric is None:
         metric = policy.method.metric
         if isinstance(metric, FisherRao):
             metric = ObservedInformation(metric.score)
-    key = jr.key(0) if key is None else key
-    before, after = (np.asarray(x) for x in _samples(policy, observation, 2048, key))
+    check_instance("metric", metric, AbstractMetric, "fisher_flow.ObservedInformation()")
+    if limits is not None and not (
+        len(limits) == 4 and limits[0] < limits[1] and limits[2] < limits[3]
+    ):
+        raise ValueError(
+            "`limits` must be the smallest and largest first entry of an action, and the smallest "
+            f"and largest second entry, but got `{limits}`. Write `limits=(-1.0, 1.0, -1.0, 1.0)`."
+        )
+    sample_key, metric_key = jr.split(jr.key(0) if key is None else key)
+    before, after = (np.asarray(x) for x in _samples(policy, observation, 2048, sample_key))
     if limits is None:
         low, high = np.nanquantile(np.concatenate([before, after]), [0.005, 0.995], axis=0)
         margin = 0.15 * (high - low)
@@ -97,7 +107,7 @@ def plot_refinement(
     # wider one, so that the right panel is covered too.
     wide = 0.25 * np.array([x1 - x0, y1 - y0])
     axes_of_grid = (
-        np.linspace(low - pad, high + pad, int(1.5 * resolution))
+        np.linspace(low - pad, high + pad, int(1.5 * resolution) + 1)
         for low, high, pad in ((x0, x1, wide[0]), (y0, y1, wide[1]))
     )
     grid = np.stack(np.meshgrid(*axes_of_grid), axis=-1)
@@ -137,7 +147,8 @@ def plot_refinement(
     right.plot(*after[:num_arrows].T, "k.", markersize=3, alpha=0.8)
 
     centres = before[num_arrows : num_arrows + num_ellipses]
-    matrices = np.asarray(_metrics(policy, metric, observation, jnp.asarray(centres), key))
+    metrics = _metrics(policy, metric, observation, jnp.asarray(before[:512]), metric_key)
+    matrices = np.asarray(metrics)[num_arrows : num_arrows + num_ellipses]
     eigenvalues, directions = np.linalg.eigh(matrices)
     # All at one cost, at which the median of them is a twelfth of the plot in width.
     cost = 0.5 * np.median(eigenvalues[:, 0]) * ((x1 - x0) / 24) ** 2 if len(centres) else 0.0
@@ -196,6 +207,10 @@ def _metrics(policy, metric, observation, centres: Float[Array, "n 2"], key):
         return lx.materialise(operator).as_matrix()
 
     G = jax.vmap(one)(centres)
-    damping = jnp.asarray(getattr(policy.method, "damping", 0.1), G.dtype)
-    eigenvalue = jnp.trace(G, axis1=1, axis2=2).mean() / 2
-    return G + damping * eigenvalue * jnp.eye(2, dtype=G.dtype)[None]
+    # The same for all: a step settles it in absolute terms, others relative to the mean.
+    damping = getattr(policy.displacement_field, "damping", None)
+    if damping is None:
+        eigenvalues = jnp.trace(G, axis1=1, axis2=2) / 2
+        mean = jnp.mean(jnp.where(jnp.isfinite(eigenvalues), eigenvalues, 0))
+        damping = jnp.asarray(getattr(policy.method, "damping", 0.1), G.dtype) * mean
+    return G + jnp.asarray(damping, G.dtype) * jnp.eye(2, dtype=G.dtype)[None]

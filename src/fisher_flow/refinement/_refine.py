@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._custom_types import Critic
-from .._misc import batch_length, check_equal_lengths, check_instance
+from .._misc import batch_length, check_equal_lengths, check_instance, random_rows
 from ..flows import AbstractFlowPolicy, as_flow_policy
 from ..geometry import calibrate_score, PerturbedScore
 from ._method import AbstractRefinement, check_critic
@@ -142,8 +142,7 @@ _num_drawn = 8192  # as many as `calibrate_score` uses
 @eqx.filter_jit
 def _draw(policy, observations, key):
     row_key, action_key = jr.split(key)
-    rows = jr.randint(row_key, (_num_drawn,), 0, batch_length("observations", observations))
-    observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+    observations = random_rows(observations, _num_drawn, key=row_key)
 
     def draw(row):
         observation, key = row

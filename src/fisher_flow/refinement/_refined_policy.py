@@ -138,6 +138,10 @@ class RefinedPolicy(AbstractFlowPolicy):
 
         The action of the unrefined policy; NaN where Newton's method does not find one, or finds
         one at which the map is folded, $\det(I + \nabla\delta) \le 0$.
+
+        **Raises:**
+
+        - With `throw=True`, an error at run time where the result would be NaN.
         """
         a = _inverse((self, observation), as_inexact(action))
         if throw:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Critic, Observation
-from .._misc import check_at_least, check_positive_integer, finite_or_zero
+from .._misc import check_at_least, check_positive_integer, finite_or_zero, random_rows
 from .._training import apply_gradient, train
 from ..flows import AbstractFlowPolicy, ActionMLP
 from ..geometry import AbstractMetric, FisherRao, TransportKL
@@ -214,9 +214,7 @@ def _optimiser(method):
 
 def _draw(policy, observations, num, key):
     row_key, action_key = jr.split(key)
-    length = jax.tree.leaves(observations)[0].shape[0]
-    rows = jr.randint(row_key, (num,), 0, length)
-    o = jax.tree.map(lambda leaf: leaf[rows], observations)
+    o = random_rows(observations, num, key=row_key)
     keys = jr.split(action_key, num)
     return o, *jax.vmap(lambda o, key: draw_from_flow(policy, o, key))(o, keys)
 

@@ -8,7 +8,7 @@ from equinox import AbstractVar
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 from .._custom_types import Action, Critic, Observation
-from ..flows import AbstractPolicy, TanhBounds
+from ..flows import AbstractFlowPolicy, AbstractPolicy, FlowPolicy, TanhBounds
 from ._method import critic_value
 
 
@@ -67,3 +67,9 @@ class AbstractSelection(AbstractPolicy):
         choice_key, key = jr.split(key)
         actions, values = jax.vmap(draw_and_value)(jr.split(key, self.n))
         return actions[jr.categorical(choice_key, jnp.log(self.probabilities(values)))]
+
+
+def flow_underneath(policy: AbstractPolicy) -> FlowPolicy | None:
+    """The flow that a policy comes from through maps and a choice, if there is one."""
+    chosen_from = policy.policy if isinstance(policy, AbstractSelection) else policy
+    return chosen_from.flow_policy if isinstance(chosen_from, AbstractFlowPolicy) else None
