@@ -119,7 +119,7 @@ def refine_chain(
     r"""Spends a KL in several refinements, each of the policy that the one before it made.
 
     A long correction is better made of short ones: each finds its direction anew where the one
-    before it ended, and folds less. The KL is held where it matters, between the whole chain and
+    before it ended. The KL is held where it matters, between the whole chain and
     the flow underneath. Distances of policies, not KLs, add up along a line, and to second order a
     distance is the root of a KL; so step $i$ of $n$ brings the KL from a flow to
     $\epsilon\, (i / n)^2$, and from a policy that has spent some already in equal distances from
@@ -183,11 +183,10 @@ def refine_chain(
     certificates, rejected = [], None
     for i in range(num_steps):
         refine_key, certify_key = jr.split(jr.fold_in(steps_key, i))
-        root, share = jnp.sqrt(method.radius), (i + 1) / num_steps
-        radius = (math.sqrt(spent) * (1 - share) + root * share) ** 2
-        step = eqx.tree_at(
-            lambda method: (method.radius, method.measure), method, (radius, measure)
-        )
+        share = (i + 1) / num_steps
+        radius = (math.sqrt(spent) * (1 - share) + jnp.sqrt(total) * share) ** 2
+        of_step = lambda method: (method.radius, method.measure)
+        step = eqx.tree_at(of_step, method, (radius, measure))
         candidate = refine(refined, critic, step, observations=observations, key=refine_key)
         report = certify(candidate, critic, held_out, key=certify_key)
         if not report.improvement > 2 * report.improvement_stderr:
