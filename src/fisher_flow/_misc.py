@@ -28,11 +28,19 @@ def check_instance(name: str, value: Any, cls: type, example: str) -> None:
         if issubclass(value, cls) and len(required) == 0:
             example = f"{value.__name__}()"
     else:
-        arrived = f"`{value!r}` of type `{type(value).__name__}`"
+        arrived = f"`{short(value)}` of type `{type(value).__name__}`"
+        if isinstance(getattr(value, name, None), cls):  # such as the result of a function
+            example = f"result.{name}"
     raise ValueError(
         f"`{name}` must be an instance of `{cls.__name__}`, but got {arrived}. "
         f"Write `{name}={example}`."
     )
+
+
+def short(value: Any) -> str:
+    """The representation of a value, cut where a message would drown in it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_positive_integer(name: str, value: Any, example: int) -> None:

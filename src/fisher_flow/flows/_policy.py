@@ -528,16 +528,21 @@ def as_flow_policy(policy: Any) -> AbstractFlowPolicy:
     if isinstance(policy, type) or not (
         callable(getattr(policy, "velocity", None)) and hasattr(policy, "action_shape")
     ):
-        arrived = f"the class `{policy.__name__}`" if isinstance(policy, type) else f"`{policy!r}`"
-        reason = (
-            "which draws actions but has no density of its own: refine first, then take the best, "
-            "`BestOf(refine(policy, critic), critic, n)`"
-            if isinstance(policy, AbstractPolicy)
-            else "write `FlowPolicy(velocity, action_shape=(5,))` around its velocity field"
-        )
+        arrived = "the class" if isinstance(policy, type) else "a"
+        arrived = f"{arrived} `{getattr(policy, '__name__', type(policy).__name__)}`"
+        if isinstance(policy, AbstractPolicy):
+            reason = (
+                ", which draws actions but has no density of its own. Refine first and choose "
+                "last, `BestOf(refine(policy, critic), critic, n)`, or write "
+                "`policy=absorb(policy, observations, key=key).policy`."
+            )
+        elif isinstance(getattr(policy, "policy", None), AbstractPolicy):
+            reason = ". Write `policy=result.policy`."
+        else:
+            reason = ". Write `FlowPolicy(velocity, action_shape=(5,))` around its velocity field."
         raise ValueError(
             "`policy` must be a flow policy, or an object with `velocity(t, x, observation)` and "
-            f"`action_shape`, but got {arrived}; {reason}."
+            f"`action_shape`, but got {arrived}{reason}"
         )
     return FlowPolicy(
         policy.velocity,

@@ -12,7 +12,7 @@ from ..flows import AbstractFlowPolicy, as_flow_policy
 from ..geometry import TransportKL
 from ._certify import Certificate, certify
 from ._fidelity import checked_held_out
-from ._method import AbstractRefinement, check_critic
+from ._method import AbstractRefinement, check_critic, method_example
 from ._natural_step import NaturalStep
 from ._refine import calibrate, refine
 from ._refined_policy import RefinedPolicy
@@ -160,7 +160,7 @@ def refine_chain(
     """
     refined = as_flow_policy(policy)
     check_critic(critic)
-    check_instance("method", method, AbstractRefinement, "fisher_flow.NaturalStep()")
+    check_instance("method", method, AbstractRefinement, method_example(method))
     check_positive_integer("num_steps", num_steps, 4)
     batch_length("observations", observations)
     if actions is not None:

@@ -96,8 +96,8 @@ def critic_of(policy: AbstractPolicy, critic: Critic | None, observations: PyTre
     chosen: Any = getattr(policy, "critic", None) if critic is None else critic
     if chosen is None:
         raise ValueError(
-            f"`critic` must be given for a `{type(policy).__name__}`, which was not made by one. "
-            "Write `critic=critic`, the function `critic(observation, action)` to judge by."
+            "`critic`, the function `critic(observation, action)` to judge by, must be given for a "
+            f"`{type(policy).__name__}`, which was not made by one. Write `critic=critic`."
         )
     check_critic(chosen)
     # Once before all the training, so that a critic of another shape is refused at once.
@@ -117,7 +117,7 @@ def checked_held_out(held_out: PyTree[Any] | None, observations: PyTree[Any]) ->
         raise ValueError(
             f"`held_out` must be a batch of observations like `observations`, whose rows have the "
             f"shapes {shapes(observations)}, but got {shapes(held_out)}. Write "
-            "`held_out=observations[n:]` and `observations=observations[:n]`."
+            "`held_out=jax.tree.map(lambda leaf: leaf[n:], observations)`."
         )
     return held_out
 

@@ -74,15 +74,21 @@ def check_critic(critic: Any) -> None:
         )
 
 
-def check_method(metric: Any, radius: Any, measure: Any) -> TransportKL:
+def check_method(metric: Any, radius: Any, measure: Any, example: str) -> TransportKL:
     """Checks what all methods have in common, and settles how the KL is measured."""
-    check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")
+    check_instance("metric", metric, AbstractMetric, example)
     check_at_least("radius", radius, 0, 0.5)
     if measure is None:
         # Hold the measured KL to the same estimate of the score as the metric, if it has one.
         return TransportKL(metric.score) if hasattr(metric, "score") else TransportKL()
     check_instance("measure", measure, TransportKL, "fisher_flow.TransportKL()")
     return measure
+
+
+def method_example(method: Any) -> str:
+    """What to write instead of a method that is none."""
+    metric = f"{type(method).__name__}()" if isinstance(method, AbstractMetric) else ""
+    return f"fisher_flow.NaturalStep({metric})"
 
 
 def draw_from_flow(

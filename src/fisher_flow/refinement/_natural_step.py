@@ -107,7 +107,7 @@ class NaturalStep(AbstractRefinement):
         - `ValueError` if an argument is not of its kind, or the metric prices fields rather than
             steps.
         """
-        self.measure = check_method(metric, radius, measure)
+        self.measure = check_method(metric, radius, measure, "fisher_flow.ObservedInformation()")
         if isinstance(metric, FisherRao):
             raise ValueError(
                 "`metric` must price single steps, but got `FisherRao()`, which prices the "

@@ -11,7 +11,7 @@ from .._custom_types import Critic
 from .._misc import batch_length, check_equal_lengths, check_instance, random_rows
 from ..flows import AbstractFlowPolicy, as_flow_policy
 from ..geometry import calibrate_score, PerturbedScore
-from ._method import AbstractRefinement, check_critic
+from ._method import AbstractRefinement, check_critic, method_example
 from ._natural_step import NaturalStep
 from ._refined_policy import RefinedPolicy
 
@@ -91,7 +91,7 @@ def refine(
     """
     policy = as_flow_policy(policy)
     check_critic(critic)
-    check_instance("method", method, AbstractRefinement, "fisher_flow.NaturalStep()")
+    check_instance("method", method, AbstractRefinement, method_example(method))
     if observations is None and actions is not None:
         raise ValueError(
             "`actions` must come with the observations at which they were taken, but "

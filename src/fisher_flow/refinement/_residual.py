@@ -117,7 +117,7 @@ class Residual(AbstractRefinement):
 
         - `ValueError` if an argument is not of its kind.
         """
-        self.measure = check_method(metric, radius, measure)
+        self.measure = check_method(metric, radius, measure, "fisher_flow.FisherRao()")
         for name, value, example in (
             ("width_size", width_size, 128),
             ("depth", depth, 3),
