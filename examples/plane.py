@@ -44,14 +44,14 @@ def main(out: Path = Path("plane"), num_updates: int = 20_000) -> None:
     )
     training, held_out = observations[:4096], observations[4096:8192]
 
-    step = fisher_flow.NaturalStep(radius=0.3)
+    step = fisher_flow.NaturalStep(radius=0.1)
     refined = fisher_flow.refine(policy, critic, step, observations=training, key=refine_key)
     report = fisher_flow.certify(refined, critic, held_out, key=certify_key)
     print(report)
     chain = fisher_flow.refine_chain(
         policy,
         critic,
-        fisher_flow.NaturalStep(radius=0.6),
+        fisher_flow.NaturalStep(radius=0.3),
         num_steps=2,
         observations=training,
         held_out=held_out,
