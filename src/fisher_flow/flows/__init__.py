@@ -1,6 +1,7 @@
 from ._bounds import TanhBounds as TanhBounds
 from ._check_convention import check_convention as check_convention
 from ._flow_matching import fit_flow as fit_flow, flow_matching_loss as flow_matching_loss
+from ._flow_policy import as_flow_policy as as_flow_policy, FlowPolicy as FlowPolicy
 from ._foreign import BatchedVelocity as BatchedVelocity
 from ._one_step import ActionMLP as ActionMLP, OneStepPolicy as OneStepPolicy
 from ._path import (
@@ -9,12 +10,7 @@ from ._path import (
     LinearPath as LinearPath,
     VariancePreservingPath as VariancePreservingPath,
 )
-from ._policy import (
-    AbstractFlowPolicy as AbstractFlowPolicy,
-    AbstractPolicy as AbstractPolicy,
-    as_flow_policy as as_flow_policy,
-    FlowPolicy as FlowPolicy,
-)
+from ._policy import AbstractFlowPolicy as AbstractFlowPolicy, AbstractPolicy as AbstractPolicy
 from ._prediction import (
     AbstractPrediction as AbstractPrediction,
     DataPrediction as DataPrediction,

@@ -8,8 +8,8 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._misc import check_equal_lengths, check_instance
+from ._flow_policy import FlowPolicy
 from ._path import AbstractAffineGaussianPath, CosinePath, LinearPath, VariancePreservingPath
-from ._policy import FlowPolicy
 from ._prediction import (
     DataPrediction,
     NoisePrediction,

@@ -12,7 +12,7 @@ from .._misc import (
     check_positive_integer,
 )
 from .._training import apply_gradient, decaying_adam, train
-from ._policy import FlowPolicy
+from ._flow_policy import FlowPolicy
 
 
 def flow_matching_loss(

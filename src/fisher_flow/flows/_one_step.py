@@ -11,8 +11,9 @@ from jaxtyping import PRNGKeyArray
 from .._custom_types import Action, Observation
 from .._misc import ravel_inputs
 from ._bounds import checked_bounds, TanhBounds
+from ._flow_policy import checked_shape, sample_dtype
 from ._foreign import check_inference
-from ._policy import AbstractPolicy, checked_shape, sample_dtype
+from ._policy import AbstractPolicy
 
 
 class OneStepPolicy(AbstractPolicy):

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from .._custom_types import Action, Observation
 from .._misc import check_positive_integer, ravel_inputs
+from ._flow_policy import checked_shape
 from ._path import AbstractAffineGaussianPath, LinearPath
-from ._policy import checked_shape
 
 
 class VelocityMLP(eqx.Module):

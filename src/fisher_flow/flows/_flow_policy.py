@@ -1,0 +1,403 @@
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import PRNGKeyArray, Scalar, ScalarLike
+
+from .._custom_types import Action, Observation
+from .._divergence import rademacher_probes, value_and_divergence
+from .._misc import as_inexact, check_instance, check_positive_integer
+from ._bounds import checked_bounds, TanhBounds
+from ._even_steps import EvenSteps
+from ._foreign import check_inference
+from ._path import AbstractAffineGaussianPath, LinearPath
+from ._policy import AbstractFlowPolicy, AbstractPolicy
+
+
+class FlowPolicy(AbstractFlowPolicy):
+    r"""A policy that carries noise to actions along a velocity field,
+
+    $$\frac{\mathrm dx}{\mathrm dt} = v(t, x, o), \qquad x(0) \sim \mathcal N(0, I),
+        \qquad a = x(1).$$
+
+    !!! example
+
+        ```python
+        import fisher_flow
+        import jax.random as jr
+
+        def velocity(t, x, observation):  # carries N(0, I) to N(observation, 0.25 I)
+            return observation + x_scale(t) * (x - t * observation)
+
+        def x_scale(t):
+            return (0.25 * t - (1 - t)) / (0.25 * t**2 + (1 - t) ** 2)
+
+        policy = fisher_flow.FlowPolicy(velocity, action_shape=(3,))
+        ```
+
+    ??? cite "Reference"
+
+        Flow matching was brought to offline reinforcement learning in this form (noise at time 0,
+        linear path, 10 Euler steps) by
+
+        ```bibtex
+        @inproceedings{park2025flow,
+            title={Flow {Q}-learning},
+            author={Park, Seohong and Li, Qiyang and Levine, Sergey},
+            booktitle={International Conference on Machine Learning},
+            year={2025},
+        }
+        ```
+    """
+
+    velocity_field: Callable[[Scalar, Any, Any], Any]
+    action_shape: tuple[int, ...] = eqx.field(static=True)
+    path: AbstractAffineGaussianPath
+    solver: diffrax.AbstractSolver
+    num_steps: int = eqx.field(static=True)
+    stepsize_controller: diffrax.AbstractStepSizeController
+    adjoint: diffrax.AbstractAdjoint
+    max_steps: int = eqx.field(static=True)
+    bounds: tuple[Any, Any] | TanhBounds | None = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def __init__(
+        self,
+        velocity: Callable[[Scalar, Any, Any], Any],
+        action_shape: Sequence[int],
+        *,
+        path: AbstractAffineGaussianPath = LinearPath(),
+        solver: diffrax.AbstractSolver = diffrax.Euler(),
+        num_steps: int = 10,
+        stepsize_controller: diffrax.AbstractStepSizeController = diffrax.ConstantStepSize(),
+        adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),
+        max_steps: int = 4096,
+        bounds: Any = None,
+        dtype: Any = None,
+    ):
+        """**Arguments:**
+
+        - `velocity`: called as `velocity(t, x, observation)` for one sample; returns an array like
+            `x`. Any callable: an `equinox.Module`, or a plain function.
+        - `action_shape`: the shape of one action, for example `(5,)`, or `(16, 7)` for a chunk.
+
+        **Other arguments:**
+
+        - `path`: the path along which the velocity was trained.
+        - `solver`: any Diffrax solver for ordinary differential equations.
+        - `num_steps`: the number of steps of equal length; with an adaptive
+            `stepsize_controller`, the first step tried is `1 / num_steps`.
+        - `stepsize_controller`: any Diffrax step-size controller.
+        - `adjoint`: how Diffrax differentiates through `sample`. The default supports reverse
+            mode; for forward mode pass `diffrax.ForwardMode()`.
+        - `max_steps`: the number of steps after which an adaptive solve gives up with an error.
+        - `bounds`: `None`, or `(low, high)`, each a number or an array of shape `action_shape`, or
+            the `Box` of a Gymnasium environment: samples are clipped to it. Or a
+            [`fisher_flow.TanhBounds`][]: the flow is one of unbounded variables.
+        - `dtype`: the dtype of the actions. By default that of the arrays in `velocity`, else that
+            of the observation, else JAX's default.
+
+        **Raises:**
+
+        - `ValueError` if an argument is not of its kind, or `low` is not below `high`.
+        """
+        if not callable(velocity) or isinstance(velocity, type):
+            raise ValueError(
+                "`velocity` must be a function `velocity(t, x, observation)`, but got "
+                f"`{velocity!r}`. Write `FlowPolicy(lambda t, x, observation: ..., action_shape)`."
+            )
+        check_inference("velocity", velocity)
+        _check_same_path(velocity, path)
+        check_instance("path", path, AbstractAffineGaussianPath, "fisher_flow.LinearPath()")
+        check_instance("solver", solver, diffrax.AbstractSolver, "diffrax.Euler()")
+        check_instance(
+            "stepsize_controller",
+            stepsize_controller,
+            diffrax.AbstractStepSizeController,
+            "diffrax.ConstantStepSize()",
+        )
+        check_instance(
+            "adjoint", adjoint, diffrax.AbstractAdjoint, "diffrax.RecursiveCheckpointAdjoint()"
+        )
+        check_positive_integer("num_steps", num_steps, 10)
+        check_positive_integer("max_steps", max_steps, 4096)
+        self.velocity_field = velocity
+        self.action_shape = checked_shape(action_shape)
+        self.path = path
+        self.solver = solver
+        self.num_steps = num_steps
+        self.stepsize_controller = stepsize_controller
+        self.adjoint = adjoint
+        self.max_steps = max_steps
+        self.bounds = checked_bounds(bounds, self.action_shape)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+
+    @property
+    def flow_policy(self) -> "FlowPolicy":
+        return self
+
+    def from_flow(self, observation: Observation, action: Action) -> Action:
+        del observation
+        return action
+
+    def to_flow(self, observation: Observation, action: Action) -> Action:
+        del observation
+        return action
+
+    def velocity(self, t: ScalarLike, x: Action, observation: Observation) -> Action:
+        r"""The velocity $v(t, x, o)$.
+
+        **Arguments:**
+
+        - `t`: the time; 0 is noise and 1 is an action.
+        - `x`: the point, of shape `action_shape`.
+        - `observation`: one observation, any PyTree of arrays.
+
+        **Returns:**
+
+        The velocity, with the shape of `x`.
+
+        **Raises:**
+
+        - `ValueError` if the velocity field returns anything but an array like `x`.
+        """
+        v = self.velocity_field(jnp.asarray(t, x.dtype), x, observation)
+        if jnp.shape(v) != self.action_shape or jnp.shape(x) != self.action_shape:
+            raise ValueError(
+                "`velocity(t, x, observation)` must map an `x` of shape `action_shape` to an "
+                f"array of the same shape, but with `action_shape={self.action_shape}` it got "
+                f"`x` of shape {jnp.shape(x)} and returned shape {jnp.shape(v)}. Both are for one "
+                "sample, without a batch axis. Write "
+                f"`FlowPolicy(velocity, action_shape={jnp.shape(v) or jnp.shape(x)})` if that is "
+                "the shape of an action, and `jax.vmap(policy.sample)` for a batch."
+            )
+        return jnp.asarray(v, x.dtype)  # as when the observation is of another precision
+
+    def noise(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
+        """Draws $x(0)$, in the dtype of the policy."""
+        return jr.normal(
+            key, self.action_shape, sample_dtype(self.dtype, self.velocity_field, observation)
+        )
+
+    def flow(self, observation: Observation, noise: Action) -> Action:
+        """Integrates the velocity from `noise` at time 0 to an action at time 1.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `noise`: the point $x(0)$.
+
+        **Returns:**
+
+        The point $x(1)$, not yet held to the bounds.
+        """
+        return self._integrate(
+            lambda t, x, args: self.velocity(t, x, observation),
+            noise,
+            noise.dtype,
+            direction=1,
+            solver=self.solver,
+            stepsize_controller=self.stepsize_controller,
+        )
+
+    def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
+        return self.flow(observation, self.noise(observation, key=key))
+
+    @eqx.filter_jit
+    def log_prob(
+        self,
+        observation: Observation,
+        action: Action,
+        *,
+        num_probes: int | None = None,
+        solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+        stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Scalar:
+        r"""The log-density of the flow at an action, by the instantaneous change of variables
+
+        $$\log p_1(x(1)) = \log \mathcal N(x(0); 0, I) - \int_0^1 \nabla \cdot v(t, x(t))
+            \,\mathrm dt.$$
+
+        This is the density of the flow in continuous time, before the bounds. It has a solver of
+        its own: ten Euler steps make good samples but a poor density.
+
+        **Arguments:**
+
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: where to evaluate the density.
+
+        **Other arguments:**
+
+        - `num_probes`: `None` for the exact divergence, at a cost that grows with the size of the
+            action; or the number of random probes of Hutchinson's estimate.
+        - `solver`, `stepsize_controller`: how to integrate. By default Tsitouras' 5(4) method with
+            tolerances of 1e-5 (float32) or 1e-7 (float64).
+        - `key`: a `jax.random.key` for the probes; needed only with `num_probes`.
+
+        **Returns:**
+
+        The log-density in nats, a scalar of the dtype of `action`.
+
+        **Raises:**
+
+        - `ValueError` if `num_probes` is given without `key`.
+        - An error at run time if the solver does not finish within `max_steps`.
+
+        ??? cite "Reference"
+
+            ```bibtex
+            @inproceedings{grathwohl2019ffjord,
+                title={{FFJORD}: Free-form continuous dynamics for scalable reversible generative
+                       models},
+                author={Grathwohl, Will and Chen, Ricky T. Q. and Bettencourt, Jesse
+                        and Sutskever, Ilya and Duvenaud, David},
+                booktitle={International Conference on Learning Representations},
+                year={2019},
+            }
+            ```
+        """
+        action = as_inexact(action)
+        if num_probes is None:
+            probes = None
+        else:
+            check_positive_integer("num_probes", num_probes, 8)
+            if key is None:
+                raise ValueError(
+                    f"`log_prob` with `num_probes={num_probes}` is random and needs a key. Write "
+                    f"`policy.log_prob(observation, action, num_probes={num_probes}, "
+                    "key=jax.random.key(0))`."
+                )
+            probes = rademacher_probes(num_probes, action, key)
+        if stepsize_controller is None:
+            tol = 1e-7 if action.dtype == jnp.float64 else 1e-5
+            stepsize_controller = diffrax.PIDController(rtol=tol, atol=tol)
+
+        def vector_field(t, state, args):
+            x, _ = state
+            return value_and_divergence(lambda y: self.velocity(t, y, observation), x, probes)
+
+        x0, minus_integral = self._integrate(
+            vector_field,
+            (action, jnp.zeros((), action.dtype)),
+            action.dtype,
+            direction=-1,
+            solver=solver,
+            stepsize_controller=stepsize_controller,
+        )
+        log_normaliser = 0.5 * action.size * math.log(2 * math.pi)
+        return minus_integral - 0.5 * jnp.sum(x0**2) - log_normaliser
+
+    def score(
+        self, estimator: Callable[..., Action], observation: Observation, action: Action
+    ) -> Action:
+        return estimator(self.path, lambda t, x: self.velocity(t, x, observation), action)
+
+    def _integrate(self, vector_field, y, dtype, *, direction, solver, stepsize_controller):
+        # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax
+        # promotes a float32 state to float64.
+        t0, t1 = (0, 1) if direction > 0 else (1, 0)
+        if isinstance(stepsize_controller, diffrax.ConstantStepSize):
+            # Rounded steps may leave a sliver at the end; stepping to given times cannot.
+            ts = jnp.linspace(t0, t1, self.num_steps + 1, dtype=dtype)
+            stepsize_controller, dt0 = EvenSteps(ts), None
+            max_steps = self.num_steps
+            throw = isinstance(solver, diffrax.AbstractImplicitSolver)  # explicit steps arrive
+        else:
+            dt0 = jnp.asarray(direction / self.num_steps, dtype)
+            max_steps = self.max_steps
+            throw = True
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            solver,
+            jnp.asarray(t0, dtype),
+            jnp.asarray(t1, dtype),
+            dt0,
+            y,
+            stepsize_controller=stepsize_controller,
+            adjoint=self.adjoint,
+            max_steps=max_steps,
+            throw=throw,
+        )
+        assert solution.ys is not None
+        return jax.tree.map(lambda leaf: leaf[0], solution.ys)
+
+
+def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
+    """The dtype of actions: the one that is given, else that of the network's arrays, else that of
+    the observation, else JAX's default."""
+    if dtype is not None:
+        return dtype
+    for tree in (network, observation):
+        leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | np.ndarray)]
+        dtypes = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+        if len(dtypes) > 0:
+            return jnp.result_type(*dtypes)
+    return jnp.result_type(float)
+
+
+def checked_shape(action_shape: Any) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in action_shape)
+        valid = all(size > 0 for size in shape)
+    except TypeError:
+        valid = False
+    if not valid:
+        example = f"({action_shape},)" if isinstance(action_shape, int) else "(5,)"
+        raise ValueError(
+            "`action_shape` must be a tuple of positive integers, but got "
+            f"`{action_shape!r}`. Write `action_shape={example}`."
+        )
+    return shape
+
+
+def _check_same_path(velocity: Any, path: Any) -> None:
+    """A prediction along one path is no velocity along another."""
+    own = getattr(velocity, "path", None)
+    if not isinstance(own, AbstractAffineGaussianPath):
+        return
+    equal = eqx.tree_equal(own, path)
+    if isinstance(equal, jax.core.Tracer) or equal:
+        return
+    raise ValueError(
+        f"`path` must be the path of `velocity`, which is `{own}`, but got `{path}`. Write "
+        f"`FlowPolicy(velocity, action_shape, path=velocity.path)`."
+    )
+
+
+def as_flow_policy(policy: Any) -> AbstractFlowPolicy:
+    """Accepts anything with `velocity`, `action_shape` and (else linear) `path`."""
+    if isinstance(policy, AbstractFlowPolicy):
+        return policy
+    if isinstance(policy, type) or not (
+        callable(getattr(policy, "velocity", None)) and hasattr(policy, "action_shape")
+    ):
+        arrived = "the class" if isinstance(policy, type) else "a"
+        arrived = f"{arrived} `{getattr(policy, '__name__', type(policy).__name__)}`"
+        if isinstance(policy, AbstractPolicy):
+            reason = (
+                ", which draws actions but has no density of its own. Refine first and choose "
+                "last, `BestOf(refine(policy, critic), critic, n)`, or write "
+                "`policy=absorb(policy, observations, key=key).policy`."
+            )
+        elif isinstance(getattr(policy, "policy", None), AbstractPolicy):
+            reason = ". Write `policy=result.policy`."
+        else:
+            reason = ". Write `FlowPolicy(velocity, action_shape=(5,))` around its velocity field."
+        raise ValueError(
+            "`policy` must be a flow policy, or an object with `velocity(t, x, observation)` and "
+            f"`action_shape`, but got {arrived}{reason}"
+        )
+    return FlowPolicy(
+        policy.velocity,
+        policy.action_shape,
+        path=getattr(policy, "path", LinearPath()),
+        bounds=getattr(policy, "bounds", None),
+    )
