@@ -1,3 +1,4 @@
+import gc
 import os
 
 import jax
@@ -41,6 +42,15 @@ def getkey(request):
     seed = 0 if seed is None else seed
     print(f"rerun with --seed={seed}")
     return _GetKey(seed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_freed():
+    """Every program that is compiled maps memory, and a process has only so many maps: 65,530 on
+    Linux, where the compiler then crashes. One test may leave a thousand."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
