@@ -121,5 +121,5 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     axes.axvline(1.0, color="0.5", linewidth=1)
     axes.set_yticks(-np.arange(len(names)), names)
     axes.set(xlabel="gain in E[Q] / that of one step, at the same KL (95% interval)")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
