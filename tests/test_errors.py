@@ -39,6 +39,7 @@ cases = [
     ("ff.ObservedInformation(ff.PaperScore)", "score", "`PaperScore`", "score=PaperScore()"),
     ("ff.AveragedFisher(ff.PaperScore)", "score", "`PaperScore`", "score=PaperScore()"),
     ("ff.ScoreOuterProduct(ff.PaperScore)", "score", "`PaperScore`", "score=PaperScore()"),
+    ("ff.FisherRao(order=4)", "order", "`4`", "order=2"),
     ("ff.FisherRao(ff.PaperScore)", "score", "`PaperScore`", "score=PaperScore()"),
     ("ff.TransportKL(ff.PaperScore)", "score", "`PaperScore`", "score=PaperScore()"),
     ("ff.FlowPolicy(critic, (2,), path=ff.LinearPath)", "path", "`LinearPath`", "path=LinearPath()"),

@@ -67,3 +67,24 @@ def test_scaling_of_a_gaussian(size):
     assert np.allclose(kl, true, rtol=1e-2)
     assert np.allclose(fisher_rao / true, 1 + ε / 3, rtol=0.03)
     assert np.allclose(paper / true, (size + 2) / 2, rtol=0.1)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["spread", "contract"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_third_order_predicts_a_tenth_of_a_nat(size, sign):
+    """Of a Gaussian that is scaled, where the second order is up to 10% off."""
+    policy, score = gaussian(np.zeros(size), np.eye(size)).policy(), ff.PerturbedScore(time=0.99)
+    ε = sign * np.sqrt(0.1 / size)
+    true = size * (ε + 0.5 * ε**2 - np.log1p(ε))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    grids = np.meshgrid(*[nodes] * size)
+    actions = jnp.asarray(np.stack(grids, axis=-1).reshape(-1, size))
+    weights = np.prod(np.stack(np.meshgrid(*[weights] * size)), axis=0).reshape(-1)
+
+    def predicted(order):
+        metric = ff.FisherRao(score, order=order)
+        cost = lambda a: metric.cost(policy, None, a, lambda a: ε * a, key=jr.key(0))
+        return np.average(jax.jit(jax.vmap(cost))(actions), weights=weights)
+
+    assert np.allclose(predicted(3), true, rtol=0.02)
+    assert abs(predicted(2) / true - 1) > 0.05

@@ -9,6 +9,7 @@ from helpers import (
     dtypes,
     gaussian,
     metrics,
+    Mixture,
     random_covariance,
     scores,
     tree_allclose,
@@ -171,11 +172,62 @@ def test_what_dropping_the_divergence_costs(size):
     assert np.allclose(ratio, (size + 2) / 2, rtol=0.1)
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_order_of_fisher_rao(order):
+    """The error falls by 2 to the power of order + 1 when the displacement is halved."""
+    base = Mixture(jnp.asarray([[-1.0], [1.5]]), jnp.asarray([[[0.6]], [[0.9]]]), jnp.ones(2))
+    policy, score = base.policy(), ff.PerturbedScore(time=0.999)
+    actions = jnp.linspace(-9, 10, 4001)[:, None]  # far into tails that are negligible
+    weights = jnp.exp(jax.vmap(base.log_prob)(actions))
+    field = lambda a: jnp.sin(a) + 0.5 * a
+
+    @jax.jit
+    @jax.vmap
+    def error(ε):
+        δ = lambda a: ε * field(a)
+
+        def terms(a):
+            log_det = jnp.log1p(jax.jacfwd(δ)(a)[0, 0])
+            true = base.log_prob(a) - base.log_prob(a + δ(a)) - log_det
+            metric = ff.FisherRao(score, order=order)
+            return metric.cost(policy, None, a, δ, key=jr.key(0)) - true
+
+        return jnp.abs(jnp.average(jax.vmap(terms)(actions), weights=weights))
+
+    errors = error(jnp.asarray([0.04, 0.02, 0.01]))
+    falls = np.log2(errors[:-1] / errors[1:])
+    assert np.allclose(falls, order + 1, atol=0.3)
+
+
+@dtypes
+def test_third_order_is_second_order_for_small_displacements(dtype, getkey):
+    policy = bimodal(dtype).policy()
+    actions = jr.normal(getkey(), (50, 2), dtype)
+
+    @jax.jit
+    def mean_costs(ε):
+        field = lambda a: ε * jnp.sin(jnp.asarray([[1, 2], [-1, 1]], dtype) @ a)
+
+        def costs(a):
+            metrics = [ff.FisherRao(order=order) for order in (2, 3)]
+            return [metric.cost(policy, None, a, field, key=jr.key(0)) for metric in metrics]
+
+        return [jnp.mean(x) for x in jax.vmap(costs)(actions)]
+
+    second, third = mean_costs(jnp.asarray(1e-3, dtype))
+    assert third.dtype == jnp.dtype(dtype)
+    assert np.allclose(second, third, rtol=1e-2, atol=0) and second != third
+    assert mean_costs(jnp.asarray(0, dtype))[1] == 0
+    assert jax.grad(lambda ε: mean_costs(ε)[1])(jnp.asarray(0, dtype)) == 0
+
+
 @pytest.mark.parametrize("num_probes", [1, 3])
-def test_probes_are_unbiased(num_probes, getkey):
+@pytest.mark.parametrize("order", [2, 3])
+def test_probes_are_unbiased(num_probes, order, getkey):
     policy, action = bimodal().policy(), jnp.asarray([0.3, -0.4])
-    field = lambda a: jnp.sin(jnp.asarray([[1.0, 2.0], [-1.0, 0.5]]) @ a)
-    exact = ff.FisherRao().cost(policy, None, action, field, key=getkey())
-    metric = ff.FisherRao(num_probes=num_probes)
+    scale = {2: 1, 3: 0.1}[order]  # that of third order agrees up to the fourth
+    field = lambda a: scale * jnp.sin(jnp.asarray([[1.0, 2.0], [-1.0, 0.5]]) @ a)
+    exact = ff.FisherRao(order=order).cost(policy, None, action, field, key=getkey())
+    metric = ff.FisherRao(num_probes=num_probes, order=order)
     estimate = jax.jit(jax.vmap(lambda key: metric.cost(policy, None, action, field, key=key)))
     assert within(estimate(jr.split(getkey(), 20_000)), exact)
