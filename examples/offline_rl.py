@@ -12,6 +12,7 @@ the learning curves. A run that was stopped goes on when the same command is giv
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -58,8 +59,20 @@ class Settings:
     """The rate of Adam. (Published results: 3e-4.)"""
     discount: float = 0.99
     """The discount of one step."""
+    critic: Literal["td", "hl-gauss", "flow"] = "td"
+    """The head of the critic: a number, the logits of a histogram of returns, or a flow to them."""
+    critic: Literal["td", "hl-gauss", "flow"] = "td"
+    """What the critic predicts: a value, a histogram of returns, or their whole distribution."""
     pessimist: bool = False
     """Whether the critic is the minimum of its two members, not their mean."""
+    num_steps: int = 1
+    """The number of rewards in a target, before the critic says what follows. A chunk has its own."""
+    horizon: int = 1
+    """The number of actions that are chosen at once, as a chunk."""
+    num_steps: int = 1
+    """The number of rewards that enter a target before the critic does."""
+    horizon: int = 1
+    """The number of actions of a chunk, which the agent chooses at once."""
     evaluations: int = 5
     """How many times to evaluate in the course of the training."""
     episodes: int = 20
@@ -100,16 +113,41 @@ def _rescaled(name: str) -> gymnasium.Env:
     return gymnasium.wrappers.RescaleAction(gymnasium.make(name), np.float32(-1), np.float32(1))
 
 
-def make_agent(settings: Settings, action_size: int) -> fisher_flow.AbstractAgent:
+def prepare(
+    transitions: fisher_flow.Transitions, settings: Settings
+) -> tuple[fisher_flow.Transitions, tuple[float, float]]:
+    """Transitions over as many steps and actions as the settings say, with rewards of the order of
+    one; and the range of the returns."""
+    scale = float(np.std(transitions.rewards)) or 1.0
+    transitions = dataclasses.replace(transitions, rewards=transitions.rewards / scale)
+    discount = settings.discount
+    returns = transitions.n_step(math.ceil(1 / max(1 - discount, 1e-3)), discount).rewards
+    low, high = float(np.min(returns)), float(np.max(returns))
+    margin = 0.1 * (high - low) or 1.0
+    if settings.horizon > 1:
+        transitions = transitions.chunks(settings.horizon, discount)
+    elif settings.num_steps > 1:
+        transitions = transitions.n_step(settings.num_steps, discount)
+    return transitions, (low - margin, high + margin)
+
+
+def make_agent(
+    settings: Settings, action_size: int, returns: tuple[float, float]
+) -> fisher_flow.AbstractAgent:
     """The agent that the settings describe."""
     networks: Any = dict(width_size=settings.width, depth=settings.depth)
     rate = settings.learning_rate
     flow = fisher_flow.BehaviourFlow(**networks, learning_rate=rate)
-    critic = fisher_flow.TemporalDifference(
-        **networks,
-        discount=settings.discount,
-        aggregate=jnp.min if settings.pessimist else jnp.mean,
+    learning: Any = dict(
+        networks, discount=settings.discount, aggregate=jnp.min if settings.pessimist else jnp.mean
     )
+    match settings.critic:
+        case "td":
+            critic = fisher_flow.TemporalDifference(**learning)
+        case "hl-gauss":
+            critic = fisher_flow.HLGauss(returns, **learning)
+        case "flow":
+            critic = fisher_flow.ValueFlow(**learning)
     radius = settings.radius
     options: Any = dict(
         flow=flow, critic=critic, learning_rate=rate, num_candidates=settings.best_of
@@ -136,14 +174,10 @@ def make_agent(settings: Settings, action_size: int) -> fisher_flow.AbstractAgen
 def main(settings: Settings) -> None:
     task = load_task(settings.task, settings.data)
     normaliser = fisher_flow.Normaliser.of(task.transitions)
-    transitions = normaliser.transitions(task.transitions)
-    # Critics want values of order one.
-    scale = float(np.std(transitions.rewards)) or 1.0
-    transitions = dataclasses.replace(transitions, rewards=transitions.rewards / scale)
-    agent = make_agent(settings, action_size=int(np.prod(transitions.actions.shape[1:])))
-    print(
-        f"{len(transitions)} transitions; a mean reward of {scale * transitions.rewards.mean():.3g}"
-    )
+    mean_reward = task.transitions.rewards.mean()
+    print(f"{len(task.transitions)} transitions; a mean reward of {mean_reward:.3g}")
+    transitions, returns = prepare(normaliser.transitions(task.transitions), settings)
+    agent = make_agent(settings, int(np.prod(transitions.actions.shape[1:])), returns)
 
     settings.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
