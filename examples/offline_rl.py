@@ -66,9 +66,9 @@ class Settings:
     pessimist: bool = False
     """Whether the critic is the minimum of its two members, not their mean."""
     num_steps: int = 1
-    """The number of rewards in a target, before the critic says what follows. A chunk has its own."""
+    """The number of rewards in a target, before the critic says what follows."""
     horizon: int = 1
-    """The number of actions that are chosen at once, as a chunk."""
+    """The number of actions that are chosen at once, as a chunk; and of rewards in its target."""
     num_steps: int = 1
     """The number of rewards that enter a target before the critic does."""
     horizon: int = 1
