@@ -63,7 +63,8 @@ cases = [
     ("ff.refine(policy, lambda o, a: a, observations=observations)", "critic", "(2,)", "critic=lambda observation, action: critic(observation, action).mean()"),
     ("ff.refine(policy, lambda o, a: a[:1], observations=observations)", "critic", "(1,)", "critic=lambda observation, action: critic(observation, action).squeeze()"),
     ("ff.BestOf(policy, lambda o, a: a).sample(observation, key=key)", "critic", "(2,)", "critic=lambda"),
-    ("ff.fit_flow(small, observations, jnp.ones((4, 3)), **fit)", "actions", "(4, 3)", "actions=actions.reshape("),
+    ("ff.fit_flow(small, observations, jnp.ones((4, 3)), **fit)", "actions", "(4, 3)", "action_shape=(3,)"),
+    ("ff.fit_flow(small, observations, actions[:, :, None], **fit)", "actions", "(4, 2, 1)", "actions=actions.reshape("),
     ("ff.fit_critic(q, observations, actions, jnp.ones((4, 1)), observations, actions, masks, **fit)", "rewards", "(4, 1)", "rewards=rewards.reshape(-1)"),
     # batches
     ("ff.refine(policy, critic, observations=dict(x=jnp.ones((4, 1)), y=jnp.ones(3)))", "observations", "'y'", "observations=jax.tree.map("),
@@ -103,7 +104,7 @@ cases = [
     ("ff.calibrate_score(policy, observations, actions.at[0].set(jnp.nan), key=key)", "actions", "finite", "actions=actions[jnp.isfinite(actions)"),
     ("ff.refine(policy, critic, actions=actions)", "actions", "`None`", "observations=observations, actions=actions)"),
     ("ff.refine(policy, critic, observations=observations, actions=actions[:2])", "actions", "'actions': 2", "observations=observations[:2]"),
-    ("ff.calibrate_score(policy, observations, actions[:, :1], key=key)", "actions", "(4, 1)", "actions=actions.reshape(-1, *(2,))"),
+    ("ff.calibrate_score(policy, observations, actions[:, :1], key=key)", "actions", "(4, 1)", "action_shape=(1,)"),
     ("ff.BestOf(critic, critic)", "policy", "<lambda>", "refine(policy, critic)"),
 ]
 # fmt: on

@@ -1,6 +1,7 @@
 """Checks of arguments, and the few operations on PyTrees that several modules share."""
 
 import inspect
+import math
 import numbers
 from typing import Any
 
@@ -100,6 +101,20 @@ def check_equal_lengths(**batches: PyTree[Any]) -> int:
             "that match come first."
         )
     return next(iter(lengths.values()))
+
+
+def check_batch_of_actions(actions: Array, action_shape: tuple[int, ...]) -> None:
+    """Refuses a batch of actions that are not of the shape that the policy draws."""
+    if actions.shape[1:] == action_shape:
+        return
+    if math.prod(actions.shape[1:]) == math.prod(action_shape):
+        advice = f"`actions=actions.reshape(-1, *{action_shape})`"
+    else:
+        advice = f"`FlowPolicy(velocity, action_shape={actions.shape[1:]})` if that is an action"
+    raise ValueError(
+        f"`actions` must have shape (batch, *action_shape) with `action_shape={action_shape}`, but "
+        f"got {actions.shape}. Write {advice}."
+    )
 
 
 def random_rows(tree: PyTree[Any], num: int, *, key: PRNGKeyArray) -> PyTree[Any]:

@@ -7,6 +7,7 @@ from jaxtyping import Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 from .._custom_types import Action, Data, Observation
 from .._misc import (
     check_at_least,
+    check_batch_of_actions,
     check_equal_lengths,
     check_instance,
     check_positive_integer,
@@ -105,13 +106,7 @@ def fit_flow(
     # An array, so that another rate is no reason to compile again.
     learning_rate = jnp.asarray(learning_rate)
     observations, actions = jax.tree.map(jnp.asarray, (observations, actions))
-    if actions.shape[1:] != policy.action_shape:
-        raise ValueError(
-            f"`actions` must have shape (batch, *action_shape) with `action_shape="
-            f"{policy.action_shape}`, but got {actions.shape}. Write "
-            f"`actions=actions.reshape(-1, *{policy.action_shape})`, or give the policy "
-            f"`action_shape={actions.shape[1:]}`."
-        )
+    check_batch_of_actions(actions, policy.action_shape)
     finite = jnp.all(jnp.isfinite(actions))
     for leaf in jax.tree.leaves(observations):
         finite &= jnp.all(jnp.isfinite(leaf))

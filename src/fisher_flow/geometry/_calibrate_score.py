@@ -11,7 +11,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import Action
 from .._divergence import rademacher_probes, value_and_divergence
-from .._misc import as_inexact, check_equal_lengths, check_positive_integer, constant
+from .._misc import (
+    as_inexact,
+    check_batch_of_actions,
+    check_equal_lengths,
+    check_positive_integer,
+    constant,
+)
 from ..flows import AbstractAffineGaussianPath, as_flow_policy, FlowPolicy
 from ._krylov import dense_limit
 from ._score import AbstractScore, PerturbedScore
@@ -152,12 +158,7 @@ def calibrate_score(
     length = check_equal_lengths(observations=observations, actions=actions)
     check_positive_integer("num_actions", num_actions, 8192)
     actions = as_inexact(actions)
-    if actions.shape[1:] != flow.action_shape:
-        raise ValueError(
-            f"`actions` must have shape (batch, *action_shape) with `action_shape="
-            f"{flow.action_shape}`, but got {actions.shape}. Write "
-            f"`actions=actions.reshape(-1, *{flow.action_shape})`."
-        )
+    check_batch_of_actions(actions, flow.action_shape)
     size = actions[0].size
     if num_probes is not None:
         check_positive_integer("num_probes", num_probes, 4)
