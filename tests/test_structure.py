@@ -32,7 +32,7 @@ may_import = {
     "values": set(),
     "acting": set(),
     "data": set(),
-    "evaluation": {"acting"},
+    "evaluation": {"acting", "data"},
     "offline": {"data", "flows", "geometry", "refinement", "values"},
 }
 

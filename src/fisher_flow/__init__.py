@@ -10,6 +10,7 @@ from .data import (
 )
 from .evaluation import (
     bootstrap_interval as bootstrap_interval,
+    collect as collect,
     Episodes as Episodes,
     evaluate as evaluate,
     interquartile_mean as interquartile_mean,
