@@ -6,7 +6,8 @@ Trains an agent on logged transitions, with several seeds, and plays it in the r
     python examples/offline_rl.py --task pendulum --agent fidec --out results
 
 leaves in the folder `--out` the settings, `train.csv`, `evaluations.csv`, checkpoints, a table and
-the learning curves. A run that was stopped goes on when the same command is given again.
+the learning curves. With `--online-steps 20000` the policies then play, and learn from what they
+play. A run that was stopped goes on when the same command is given again.
 """
 
 import dataclasses
@@ -60,8 +61,10 @@ class Settings:
     """The discount of one step."""
     pessimist: bool = False
     """Whether the critic is the minimum of its two members, not their mean."""
+    online_steps: int = 0
+    """The number of steps to play with each seed after that, one update for each."""
     evaluations: int = 5
-    """How many times to evaluate in the course of the training."""
+    """How many times to evaluate in the course of the training, and again online."""
     episodes: int = 20
     """The number of episodes of each evaluation."""
     out: Path = Path("offline_rl_results")
@@ -139,7 +142,8 @@ def main(settings: Settings) -> None:
     transitions = normaliser.transitions(task.transitions)
     # Critics want values of order one.
     scale = float(np.std(transitions.rewards)) or 1.0
-    transitions = dataclasses.replace(transitions, rewards=transitions.rewards / scale)
+    rescale = lambda t: dataclasses.replace(t, rewards=t.rewards / scale)
+    transitions = rescale(transitions)
     agent = make_agent(settings, action_size=int(np.prod(transitions.actions.shape[1:])))
     print(
         f"{len(transitions)} transitions; a mean reward of {scale * transitions.rewards.mean():.3g}"
@@ -156,7 +160,7 @@ def main(settings: Settings) -> None:
         score = 100 * episodes.successes if task.is_success else episodes.returns
         return {"score": float(score.mean()), "return": float(episodes.returns.mean())}
 
-    fisher_flow.train(
+    trained = fisher_flow.train(
         agent,
         transitions,
         settings.updates,
@@ -166,10 +170,24 @@ def main(settings: Settings) -> None:
         evaluate_every=max(1, settings.updates // settings.evaluations),
         folder=settings.out,
     )
+    files = [settings.out / "evaluations.csv"]
+    if settings.online_steps > 0:
+        players = gymnasium.vector.SyncVectorEnv([task.make_env] * 4)
+        fisher_flow.fine_tune(
+            trained,
+            players,
+            settings.online_steps,
+            normaliser=normaliser,
+            prepare=rescale,
+            batch_size=settings.batch_size,
+            evaluate=evaluate,
+            evaluate_every=max(1, settings.online_steps // settings.evaluations),
+            folder=settings.out / "online",
+        )
+        players.close()
+        files.append(settings.out / "online" / "evaluations.csv")
     envs.close()
-    results = fisher_flow.Results.read(
-        settings.out / "evaluations.csv", task=settings.task, method=settings.agent
-    )
+    results = fisher_flow.Results.read(*files, task=settings.task, method=settings.agent)
     table = results.table()
     (settings.out / "table.md").write_text(table + "\n")
     results.plot_learning_curves().savefig(settings.out / "learning_curves.png", dpi=110)

@@ -33,7 +33,7 @@ may_import = {
     "acting": set(),
     "data": set(),
     "evaluation": {"acting", "data"},
-    "offline": {"data", "flows", "geometry", "refinement", "values"},
+    "offline": {"data", "evaluation", "flows", "geometry", "refinement", "values"},
 }
 
 

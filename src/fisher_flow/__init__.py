@@ -65,6 +65,7 @@ from .offline import (
     AbstractAgent as AbstractAgent,
     BehaviourCloning as BehaviourCloning,
     BehaviourFlow as BehaviourFlow,
+    fine_tune as fine_tune,
     FisherDecorator as FisherDecorator,
     FlowQLearning as FlowQLearning,
     ImplicitQLearning as ImplicitQLearning,
