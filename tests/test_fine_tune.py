@@ -25,7 +25,8 @@ sizes: dict = dict(width_size=8, depth=1)
 flow, critic = ff.BehaviourFlow(**sizes), ff.TemporalDifference(**sizes)
 # Where it does not matter: it is compiled fastest.
 cloning = ff.BehaviourCloning(flow=flow)
-decorator = ff.FisherDecorator.deflow(1, 0.1, flow=flow, critic=critic)
+# Learns from every column.
+one_step = ff.OneStep(flow=flow, critic=critic, refinement=None, num_candidates=1)
 
 
 class Walk(gymnasium.Env):
@@ -85,18 +86,18 @@ def rows_of(path):
 
 
 def test_it_is_the_loop_that_anyone_would_write(tmp_path):
-    trained, envs = train(decorator, seeds=[4]), make()
+    trained, envs = train(one_step, seeds=[4]), make()
     options = dict(updates_per_step=0.5, online_share=0.25)
     tuned = fine_tune(trained, envs, 40, folder=tmp_path, **options)
 
     state, updates = trained.states[0], 3
     offline = trained.transitions
     played = []
-    update = eqx.filter_jit(decorator.update)
+    update = eqx.filter_jit(one_step.update)
     table = rows_of(tmp_path / "online.csv")
     assert len(table) > 2
     for row in table:
-        policy = decorator.policy(state, None, key=jr.key(4))
+        policy = one_step.policy(state, None, key=jr.key(4))
         played.append(ff.collect(policy, envs, seed=int(row["episode_seed"])))
         assert np.isclose(float(row["return"]), played[-1].rewards.sum() / 3, rtol=1e-5)
         buffer = played[0].concatenate(*played[1:])
@@ -172,7 +173,7 @@ def test_normaliser_and_preparation_do_what_wrappers_would():
     normaliser = ff.Normaliser(jnp.zeros(2, jnp.float32), jnp.full(2, 4.0, jnp.float32))
     data = logged(scale=4.0)
     data = dataclasses.replace(normaliser.transitions(data), rewards=data.rewards / 4)
-    trained = train(decorator, data)
+    trained = train(one_step, data)
     seen = []
 
     def evaluate(policy, seed):
@@ -194,7 +195,7 @@ def test_normaliser_and_preparation_do_what_wrappers_would():
 
     assert same(raw.states, fine_tune(trained, make(env=wrapped), 30).states)
     assert not same(raw.states, fine_tune(trained, make(), 30).states)
-    assert seen == [ff.RefinedPolicy]  # as in `train`, for observations as it was trained on them
+    assert seen == [ff.FlowPolicy]  # as in `train`, for observations as it was trained on them
 
 
 def test_everything_is_compiled_once():
