@@ -6,7 +6,8 @@ Trains an agent on logged transitions, with several seeds, and plays it in the r
     python examples/offline_rl.py --task pendulum --agent fidec --out results
 
 leaves in the folder `--out` the settings, `train.csv`, `evaluations.csv`, checkpoints, a table and
-the learning curves. A run that was stopped goes on when the same command is given again.
+the learning curves. With `--online-steps 20000` the policies then play, and learn from what they
+play. A run that was stopped goes on when the same command is given again.
 """
 
 import dataclasses
@@ -60,8 +61,6 @@ class Settings:
     discount: float = 0.99
     """The discount of one step."""
     critic: Literal["td", "hl-gauss", "flow"] = "td"
-    """The head of the critic: a number, the logits of a histogram of returns, or a flow to them."""
-    critic: Literal["td", "hl-gauss", "flow"] = "td"
     """What the critic predicts: a value, a histogram of returns, or their whole distribution."""
     pessimist: bool = False
     """Whether the critic is the minimum of its two members, not their mean."""
@@ -69,12 +68,10 @@ class Settings:
     """The number of rewards in a target, before the critic says what follows."""
     horizon: int = 1
     """The number of actions that are chosen at once, as a chunk; and of rewards in its target."""
-    num_steps: int = 1
-    """The number of rewards that enter a target before the critic does."""
-    horizon: int = 1
-    """The number of actions of a chunk, which the agent chooses at once."""
+    online_steps: int = 0
+    """The number of steps to play with each seed after that, one update for each."""
     evaluations: int = 5
-    """How many times to evaluate in the course of the training."""
+    """How many times to evaluate in the course of the training, and again online."""
     episodes: int = 20
     """The number of episodes of each evaluation."""
     out: Path = Path("offline_rl_results")
@@ -113,22 +110,22 @@ def _rescaled(name: str) -> gymnasium.Env:
     return gymnasium.wrappers.RescaleAction(gymnasium.make(name), np.float32(-1), np.float32(1))
 
 
-def prepare(
+def over_several_steps(
     transitions: fisher_flow.Transitions, settings: Settings
-) -> tuple[fisher_flow.Transitions, tuple[float, float]]:
-    """Transitions over as many steps and actions as the settings say, with rewards of the order of
-    one; and the range of the returns."""
-    scale = float(np.std(transitions.rewards)) or 1.0
-    transitions = dataclasses.replace(transitions, rewards=transitions.rewards / scale)
-    discount = settings.discount
-    returns = transitions.n_step(math.ceil(1 / max(1 - discount, 1e-3)), discount).rewards
+) -> fisher_flow.Transitions:
+    """Transitions over as many steps, or of chunks of as many actions, as the settings say."""
+    if settings.horizon > 1:
+        return transitions.chunks(settings.horizon, settings.discount)
+    return transitions.n_step(settings.num_steps, settings.discount)
+
+
+def range_of_returns(transitions: fisher_flow.Transitions, discount: float) -> tuple[float, float]:
+    """The least and the largest discounted return in the data, and a tenth more on either side."""
+    horizon = math.ceil(1 / max(1 - discount, 1e-3))
+    returns = transitions.n_step(horizon, discount).rewards
     low, high = float(np.min(returns)), float(np.max(returns))
     margin = 0.1 * (high - low) or 1.0
-    if settings.horizon > 1:
-        transitions = transitions.chunks(settings.horizon, discount)
-    elif settings.num_steps > 1:
-        transitions = transitions.n_step(settings.num_steps, discount)
-    return transitions, (low - margin, high + margin)
+    return low - margin, high + margin
 
 
 def make_agent(
@@ -176,7 +173,13 @@ def main(settings: Settings) -> None:
     normaliser = fisher_flow.Normaliser.of(task.transitions)
     mean_reward = task.transitions.rewards.mean()
     print(f"{len(task.transitions)} transitions; a mean reward of {mean_reward:.3g}")
-    transitions, returns = prepare(normaliser.transitions(task.transitions), settings)
+    # Critics want values of order one.
+    scale = float(np.std(task.transitions.rewards)) or 1.0
+    rescale = lambda t: dataclasses.replace(t, rewards=t.rewards / scale)
+    prepare = lambda t: over_several_steps(rescale(t), settings)
+    transitions = normaliser.transitions(task.transitions)
+    returns = range_of_returns(rescale(transitions), settings.discount)
+    transitions = prepare(transitions)
     agent = make_agent(settings, int(np.prod(transitions.actions.shape[1:])), returns)
 
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +193,7 @@ def main(settings: Settings) -> None:
         score = 100 * episodes.successes if task.is_success else episodes.returns
         return {"score": float(score.mean()), "return": float(episodes.returns.mean())}
 
-    fisher_flow.train(
+    trained = fisher_flow.train(
         agent,
         transitions,
         settings.updates,
@@ -200,10 +203,24 @@ def main(settings: Settings) -> None:
         evaluate_every=max(1, settings.updates // settings.evaluations),
         folder=settings.out,
     )
+    files = [settings.out / "evaluations.csv"]
+    if settings.online_steps > 0:
+        players = gymnasium.vector.SyncVectorEnv([task.make_env] * 4)
+        fisher_flow.fine_tune(
+            trained,
+            players,
+            settings.online_steps,
+            normaliser=normaliser,
+            prepare=prepare,
+            batch_size=settings.batch_size,
+            evaluate=evaluate,
+            evaluate_every=max(1, settings.online_steps // settings.evaluations),
+            folder=settings.out / "online",
+        )
+        players.close()
+        files.append(settings.out / "online" / "evaluations.csv")
     envs.close()
-    results = fisher_flow.Results.read(
-        settings.out / "evaluations.csv", task=settings.task, method=settings.agent
-    )
+    results = fisher_flow.Results.read(*files, task=settings.task, method=settings.agent)
     table = results.table()
     (settings.out / "table.md").write_text(table + "\n")
     results.plot_learning_curves().savefig(settings.out / "learning_curves.png", dpi=110)

@@ -27,6 +27,7 @@ fit = dict(num_updates=1, batch_size=1, progress=False, key=key)
 refined = ff.refine(policy, critic, ff.NaturalStep(radius=0.0))
 q = ff.QEnsemble(3, 2, width_size=4, depth=1, key=key)
 rewards = masks = jnp.ones(4)
+trained = ff.Trained(ff.OneStep(), (0,), (None,), None, 1)
 """
 
 # What is written, the argument that the message names, what it says arrived, what it says to write.
@@ -50,6 +51,9 @@ cases = [
     ("ff.fit_flow(ff.FlowPolicy, observations, actions, **fit)", "policy", "`FlowPolicy`", "policy="),
     ("ff.train(ff.OneStep, None, 1)", "agent", "`OneStep`", "agent=OneStep()"),
     ("ff.train(ff.OneStep(), observations, 1)", "transitions", "ArrayImpl", "transitions=Transitions.from_episodes("),
+    ("ff.fine_tune(ff.OneStep(), None, 1, normaliser=None)", "trained", "`OneStep`", "trained=fisher_flow.train("),
+    ("ff.fine_tune(trained, None, 1, normaliser=ff.Normaliser)", "normaliser", "`Normaliser`", "normaliser=Normaliser.of("),
+    ("ff.fine_tune(trained, None, 1, normaliser=None)", "envs", "`None`", "envs=gymnasium.vector.SyncVectorEnv("),
     ("ff.FisherDecorator(ff.FisherRao)", "metric", "`FisherRao`", "metric=FisherRao()"),
     # shapes
     ("ff.Ensemble([critic, lambda o, a: a])(observation, action)", "critics", "(2,)", "lambda observation, action: critic(observation, action).mean()"),

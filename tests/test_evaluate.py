@@ -1,3 +1,4 @@
+import copy
 import functools
 
 import gymnasium
@@ -207,3 +208,103 @@ def test_a_video_of_what_renders_no_frames(tmp_path):
         ff.record_video(Noisy(), Walk(), tmp_path / "episode.gif")
     with pytest.raises(ValueError, match=r"`path` must .*episode.mp4`.*episode.gif\"`"):
         ff.record_video(Noisy(), Walk("rgb_array"), tmp_path / "episode.mp4")
+
+
+class Ending(gymnasium.Env):
+    """Walks on in double precision, into the abyss or until time is up, and sees what is left."""
+
+    observation_space = gymnasium.spaces.Dict(
+        place=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64),
+        left=gymnasium.spaces.Box(0, 9, (), np.int64),
+    )
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self):
+        self.metadata = {}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.normal(size=2)
+        self.left = int(self.np_random.integers(1, 9))
+        return self._seen(), {}
+
+    def step(self, action):
+        self.place += self.np_random.normal(size=2) + action  # in place: who keeps it sees it move
+        self.left -= 1
+        return self._seen(), float(self.place[1]), self.place[0] > 2, self.left == 0, {}
+
+    def _seen(self):
+        return {"place": self.place, "left": np.array(self.left)}
+
+
+class OfDicts:
+    """Acts by the place, singly or in chunks."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        if hasattr(policy, "action_shape"):
+            self.action_shape = policy.action_shape
+
+    def sample(self, observation, *, key):
+        return self.policy.sample(observation["place"], key=key)
+
+
+def played_by_hand(policy, seed):
+    """The transitions of one episode, without a vector environment, or an actor."""
+    env, rows, chunk = Ending(), [], []
+    seen = copy.deepcopy(env.reset(seed=seed)[0])
+
+    def act(step):
+        nonlocal chunk
+        if len(chunk) == 0:
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            chunk = np.asarray(policy.sample(seen, key=key)).reshape(-1, 1)
+        action, chunk = np.clip(chunk[0], -1, 1), chunk[1:]
+        return action
+
+    action, done = act(0), False
+    while not done:
+        led_to, reward, terminated, truncated, _ = env.step(action)
+        before, done = (seen, action), terminated or truncated
+        seen = copy.deepcopy(led_to)
+        action = act(len(rows) + 1)
+        rows.append((*before, reward, 1 - terminated, seen, action, done))
+    return rows
+
+
+@pytest.mark.parametrize("policy", [Noisy(), Chunked()], ids=["one action", "chunks"])
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
+@pytest.mark.parametrize("num_envs, copied", [(1, True), (3, False), (8, True)])
+def test_collected_are_the_transitions_of_the_episodes(policy, mode, num_envs, copied):
+    policy = OfDicts(policy)
+    envs = SyncVectorEnv([Ending] * num_envs, autoreset_mode=mode, copy=copied)
+    t = ff.collect(policy, envs, num_episodes=7, seed=5)
+    expected = [row for seed in range(5, 12) for row in played_by_hand(policy, seed)]
+    o, a, r, masks, next_o, next_a, ends = (
+        jax.tree.map(lambda *leaves: np.stack(leaves), *column)
+        for column in zip(*expected, strict=True)
+    )
+    assert 0 < np.sum(masks == 0) < np.sum(ends) == 7  # so that these say something
+    assert t.observations["place"].dtype == t.rewards.dtype == t.masks.dtype == np.float32
+    assert np.array_equal(t.masks, masks) and np.array_equal(t.ends, ends)
+    for mine, theirs in ((t.observations, o), (t.next_observations, next_o)):
+        assert np.array_equal(mine["left"], theirs["left"])
+        assert np.allclose(mine["place"], theirs["place"], atol=1e-4)
+    for mine, theirs in ((t.actions, a), (t.rewards, r), (t.next_actions, next_a)):
+        assert np.allclose(mine, theirs, atol=1e-4)
+    episodes = ff.rollout(policy, envs, num_episodes=7, seed=5)
+    assert np.array_equal(episodes.lengths, np.diff(np.flatnonzero(t.ends), prepend=-1))
+    starts = np.append(0, np.flatnonzero(t.ends)[:-1] + 1)
+    assert np.allclose(episodes.returns, np.add.reduceat(t.rewards, starts), atol=1e-4)
+
+
+def test_environments_that_do_not_say_how_it_ended():
+    class Silent(gymnasium.vector.VectorWrapper):
+        def step(self, actions):
+            *stepped, infos = self.env.step(actions)
+            return (*stepped, {k: x for k, x in infos.items() if "final_obs" not in k})
+
+    envs = Silent(SyncVectorEnv([Walk] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
+    with pytest.raises(ValueError, match=r"`envs` must say in `final_obs`.*`envs=gymnasium"):
+        ff.collect(Noisy(), envs)
+    ff.rollout(Noisy(), envs)  # needs to know only that it ended

@@ -32,8 +32,8 @@ may_import = {
     "values": set(),
     "acting": set(),
     "data": set(),
-    "evaluation": {"acting"},
-    "offline": {"data", "flows", "geometry", "refinement", "values"},
+    "evaluation": {"acting", "data"},
+    "offline": {"data", "evaluation", "flows", "geometry", "refinement", "values"},
 }
 
 

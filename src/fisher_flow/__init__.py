@@ -10,6 +10,7 @@ from .data import (
 )
 from .evaluation import (
     bootstrap_interval as bootstrap_interval,
+    collect as collect,
     Episodes as Episodes,
     evaluate as evaluate,
     interquartile_mean as interquartile_mean,
@@ -64,6 +65,7 @@ from .offline import (
     AbstractAgent as AbstractAgent,
     BehaviourCloning as BehaviourCloning,
     BehaviourFlow as BehaviourFlow,
+    fine_tune as fine_tune,
     FisherDecorator as FisherDecorator,
     FlowQLearning as FlowQLearning,
     ImplicitQLearning as ImplicitQLearning,

@@ -1,4 +1,5 @@
 from ._evaluate import (
+    collect as collect,
     Episodes as Episodes,
     evaluate as evaluate,
     record_video as record_video,

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
+import jax
 import jax.random as jr
 import numpy as np
 from jaxtyping import Float, Int
 
 from .._misc import check_positive_integer
 from ..acting import Actor
+from ..data import Transitions
+from ..data._columns import single_precision
 
 
 if TYPE_CHECKING:
@@ -145,6 +148,64 @@ def rollout(
 
     - `RuntimeError` if an episode does not end within `max_steps`.
     """
+    return _play(policy, envs, num_episodes, seed, max_steps)
+
+
+def collect(
+    policy: Any,
+    envs: "gymnasium.vector.VectorEnv",
+    *,
+    num_episodes: int | None = None,
+    seed: int | np.integer = 0,
+    max_steps: int = 100_000,
+) -> Transitions:
+    """Plays the episodes of [`fisher_flow.rollout`][] and returns all their steps, to learn from.
+
+    The masks tell the end of an episode from its being cut off by a time limit, and where a step
+    led is right in every autoreset mode. `next_actions` are those that the policy took next; at the
+    last step of an episode, the one that it would have taken.
+
+    !!! example
+
+        ```python
+        import functools
+        import fisher_flow
+        import gymnasium
+
+        velocity = lambda t, x, observation: (2 * t - 1) / (t**2 + (1 - t) ** 2) * x
+        policy = fisher_flow.FlowPolicy(velocity, action_shape=(1,), bounds=(-2, 2))
+        make = functools.partial(gymnasium.make, "Pendulum-v1")
+        envs = gymnasium.vector.SyncVectorEnv([make] * 4)
+        transitions = fisher_flow.collect(policy, envs)
+        assert len(transitions) == 4 * 200
+        ```
+
+    **Arguments:**
+
+    - `policy`, `envs`: as for [`fisher_flow.rollout`][].
+
+    **Other arguments:**
+
+    - `num_episodes`, `seed`, `max_steps`: as for [`fisher_flow.rollout`][], which plays the same
+        episodes.
+
+    **Returns:**
+
+    [`fisher_flow.Transitions`][] in NumPy, episode after episode: as many rows as steps. What the
+    environment returns in double precision is cut to single precision, as the loaders do.
+
+    **Raises:**
+
+    - `RuntimeError` if an episode does not end within `max_steps`.
+    - `ValueError` if the environments reset themselves without saying how the episode ended.
+    """
+    parts = []
+    _play(policy, envs, num_episodes, seed, max_steps, parts.append)
+    return Transitions(*jax.tree.map(lambda *columns: np.concatenate(columns), *parts))
+
+
+def _play(policy, envs, num_episodes, seed, max_steps, write=None):
+    """Plays episodes, and hands the columns of the transitions of each to `write`, if given."""
     num_episodes = envs.num_envs if num_episodes is None else num_episodes
     check_positive_integer("num_episodes", num_episodes, 10)
     check_positive_integer("max_steps", max_steps, 100_000)
@@ -152,14 +213,25 @@ def rollout(
     rounds = []
     for first in range(0, num_episodes, envs.num_envs):
         counted = np.arange(first, first + envs.num_envs) < num_episodes
-        rounds.append(_play_round(actor, envs, int(seed) + first, counted, max_steps))
+        steps = None if write is None else []
+        played = _play_round(actor, envs, int(seed) + first, counted, max_steps, steps)
+        rounds.append([column[counted] for column in played])
+        if write is not None and steps is not None:
+            o, a, r, terminated = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+            for i in np.flatnonzero(counted).tolist():
+                write(_episode(o, a, r, terminated, i, played[1][i]))
     returns, lengths, successes = (np.concatenate(x) for x in zip(*rounds, strict=True))
     return Episodes(returns, lengths, successes, int(seed) + np.arange(num_episodes))
 
 
-def _play_round(actor, envs, seed, counted, max_steps):
-    """Plays an episode in each environment; returns what came of those that are `counted`."""
+def _play_round(actor, envs, seed, counted, max_steps, steps=None):
+    """Plays an episode in each environment, and returns what came of it where it is `counted`.
+
+    Appends to `steps`, if given, what was seen and done at every step and what came of it; at last
+    what was seen, and what would have been done, in the end.
+    """
     observations, _ = envs.reset(seed=seed)  # environment i with the seed `seed + i`
+    observations = _copied(observations)
     actor.reset()
     mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode")
     seeds = seed + np.arange(envs.num_envs)
@@ -168,8 +240,12 @@ def _play_round(actor, envs, seed, counted, max_steps):
     running = counted.copy()
     for step in range(max_steps):
         actions = actor(_labelled(seeds, step, observations))
-        observations, rewards, terminated, truncated, infos = envs.step(actions)
+        led_to, rewards, terminated, truncated, infos = envs.step(actions)
         done = terminated | truncated
+        led_to = _where_it_led(led_to, done, infos)
+        if steps is not None:
+            _require_final_observations(mode, done, infos)
+            steps.append((observations, actions, np.array(rewards), np.array(terminated)))
         returns += np.where(running, rewards, 0)
         lengths += running
         # Where an environment is reset at once, what its last step said lies beside the rest.
@@ -178,14 +254,58 @@ def _play_round(actor, envs, seed, counted, max_steps):
             successes[i] = _success(infos, i)
         running &= ~done
         if not running.any():
-            return returns[counted], lengths[counted], successes[counted]
-        actor.reset(done)
+            if steps is not None:
+                actions = actor(_labelled(seeds, step + 1, led_to))
+                steps.append((led_to, actions, np.zeros_like(rewards), terminated))
+            return returns, lengths, successes
         if done.any() and getattr(mode, "name", None) == "DISABLED":
-            observations, _ = envs.reset(options={"reset_mask": done})
+            envs.reset(options={"reset_mask": done})
+        # Where an episode has ended, the action is the one that would have been next. Whatever is
+        # then played there is not counted.
+        observations = led_to
     raise RuntimeError(
         f"{running.sum()} of {counted.sum()} episodes did not end within `max_steps={max_steps}`. "
         'Give the environment a time limit: `gymnasium.make("Pendulum-v1", max_episode_steps=200)`.'
     )
+
+
+def _copied(observations):
+    return jax.tree.map(np.array, observations)  # environments may write to the same array again
+
+
+def _where_it_led(observations, done, infos):
+    """What was seen after a step, not after a reset at once."""
+    observations = _copied(observations)
+    if "final_obs" in infos:
+        for i in np.flatnonzero(done).tolist():
+            final = jax.tree.leaves(jax.tree.map(lambda leaf, i=i: leaf[i], infos["final_obs"]))
+            for leaf, value in zip(jax.tree.leaves(observations), final, strict=True):
+                leaf[i] = value
+    return observations
+
+
+def _require_final_observations(mode, done, infos):
+    if getattr(mode, "name", None) == "SAME_STEP" and done.any() and "final_obs" not in infos:
+        raise ValueError(
+            "`envs` must say in `final_obs` what was seen last, as they reset themselves at once, "
+            f"but they returned only {sorted(infos)}. Write "
+            "`envs=gymnasium.vector.SyncVectorEnv([make_env] * 10)`."
+        )
+
+
+def _episode(observations, actions, rewards, terminated, i, length):
+    """The columns of `Transitions` of the episode that environment `i` played first."""
+    rows, following = (slice(length), i), (slice(1, length + 1), i)
+    columns = (
+        jax.tree.map(lambda leaf: leaf[rows], observations),
+        actions[rows],
+        rewards[rows].astype(np.float32),
+        np.where(terminated[rows], 0, 1).astype(np.float32),
+        jax.tree.map(lambda leaf: leaf[following], observations),
+        actions[following],
+        np.arange(length) == length - 1,
+    )
+    return single_precision(columns)
 
 
 def record_video(

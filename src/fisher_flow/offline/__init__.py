@@ -1,5 +1,6 @@
 from ._agent import AbstractAgent as AbstractAgent, BehaviourFlow as BehaviourFlow
 from ._behaviour_cloning import BehaviourCloning as BehaviourCloning
+from ._fine_tune import fine_tune as fine_tune
 from ._fisher_decorator import FisherDecorator as FisherDecorator
 from ._flow_q_learning import FlowQLearning as FlowQLearning
 from ._implicit_q_learning import ImplicitQLearning as ImplicitQLearning

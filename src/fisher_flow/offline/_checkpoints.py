@@ -29,11 +29,11 @@ class Checkpoints:
         path = self.folder / "run.json"
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))
-            for name, value in description.items():
-                if there.get(name) != value:
+            for name in description | there:
+                if there.get(name) != description.get(name):
                     raise ValueError(
                         f"`folder={str(self.folder)!r}` holds a run with other `{name}`:\n"
-                        f"{there.get(name)}\nwhere this one has\n{value}\n"
+                        f"{there.get(name)}\nwhere this one has\n{description.get(name)}\n"
                         "To go on with it make the same call again; to start afresh write "
                         f"`folder={str(self.folder) + '_2'!r}`."
                     )
@@ -43,10 +43,11 @@ class Checkpoints:
         written.write_text(json.dumps(description, indent=1), encoding="utf-8")
         os.replace(written, path)
 
-    def save(self, updates: int, states: list[Any]) -> None:
+    def save(self, number: int, states: list[Any]) -> None:
+        """Writes the states, under a number that is larger than the last."""
         leaves = jax.tree.leaves(eqx.filter(states, eqx.is_array))
         tree = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
-        self._manager.save(updates, args=self._ocp.args.StandardSave(tree))
+        self._manager.save(number, args=self._ocp.args.StandardSave(tree))
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -54,9 +55,9 @@ class Checkpoints:
         self._manager.close()
 
     def restore(self, states: list[Any]) -> tuple[int, list[Any]] | None:
-        """The number of updates made and the states then; `None` if nothing was saved."""
-        updates = self._manager.latest_step()
-        if updates is None:
+        """The last number and the states then; `None` if nothing was saved."""
+        number = self._manager.latest_step()
+        if number is None:
             return None
         arrays, static = eqx.partition(states, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
@@ -64,6 +65,6 @@ class Checkpoints:
             f"{i:05d}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for i, leaf in enumerate(leaves)
         }
-        restored = self._manager.restore(updates, args=self._ocp.args.StandardRestore(tree))
+        restored = self._manager.restore(number, args=self._ocp.args.StandardRestore(tree))
         leaves = [restored[name] for name in sorted(restored)]
-        return updates, eqx.combine(jax.tree.unflatten(structure, leaves), static)
+        return number, eqx.combine(jax.tree.unflatten(structure, leaves), static)

@@ -31,17 +31,20 @@ class Log:
                 writer.writeheader()
             writer.writerow(row)
 
-    def forget_after(self, updates: int) -> None:
-        """Removes the rows of updates that a resumed run is going to make again."""
+    def forget_after(self, updates: dict[int, int]) -> None:
+        """Removes the rows of updates that a resumed run is going to make again: of each seed those
+        after a number of them."""
         if self.folder is None:
             return
-        for path in (self.folder / "train.csv", self.folder / "evaluations.csv"):
+        for name in ("train", "online", "evaluations"):
+            path = self.folder / f"{name}.csv"
             if not path.exists():
                 continue
             with open(path, newline="", encoding="utf-8") as stream:
                 header, *rows = csv.reader(stream)
             # A run that was killed may have left half a row.
-            kept = [row for row in rows if len(row) == len(header) and int(row[1]) <= updates]
+            whole = [row for row in rows if len(row) == len(header)]
+            kept = [row for row in whole if int(row[1]) <= updates[int(row[0])]]
             rewritten = path.with_suffix(".tmp")
             with open(rewritten, "w", newline="", encoding="utf-8") as stream:
                 csv.writer(stream).writerows([header, *kept])

@@ -17,6 +17,7 @@ from ..flows import AbstractPolicy
 from ._agent import AbstractAgent, BehaviourFlow
 from ._checkpoints import Checkpoints
 from ._log import Log, Logger
+from ._sampling import UniformSampling
 
 
 # called as evaluate(policy, seed), returns names and numbers
@@ -25,7 +26,8 @@ Evaluate = Callable[[AbstractPolicy, int], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What [`fisher_flow.train`][] returns: an agent and what it has learned, for every seed."""
+    """What [`fisher_flow.train`][] and [`fisher_flow.fine_tune`][] return: an agent and what it has
+    learned, for every seed."""
 
     agent: AbstractAgent
     """The agent."""
@@ -37,10 +39,10 @@ class Trained:
     """Its state for each of them."""
 
     transitions: Transitions
-    """What it was trained on."""
+    """The logged transitions that it was trained on."""
 
     num_updates: int
-    """The number of updates made in all."""
+    """The number of updates made in all, those online included."""
 
     def policy(self, seed: int | None = None) -> Any:
         """The policy learned with a seed, by default the first: an `AbstractPolicy`, of which kind
@@ -168,18 +170,18 @@ def train(
             f"`seeds` must be one or more integers, all different, but got `{seeds}`. "
             "Write `seeds=range(5)`."
         )
-    _check_bounds(agent, transitions)
+    check_bounds(agent, transitions)
     if vectorise is None:
         vectorise = len(seeds) > 1 and jax.default_backend() != "cpu"
 
-    dtype = transitions.actions.dtype
     data = jax.tree.map(jnp.asarray, transitions)
+    sampling = UniformSampling(data)
     states = [agent.init(data[:1], key=jr.fold_in(jr.key(0), seed)) for seed in seeds]
     start = 0
     log = Log(folder, loggers)
     checkpoints = None
     if folder is not None:
-        described = _describe(agent, transitions, seeds, batch_size)
+        described = describe(agent, transitions, seeds, batch_size)
         checkpoints = Checkpoints(folder, described)
         restored = checkpoints.restore(states)
         if restored is not None:
@@ -190,11 +192,10 @@ def train(
                     f"`{folder}` has already made, but got `{num_updates}`. Write "
                     f"`num_updates={start}`, or name a new `folder`."
                 )
-    log.forget_after(start)
+    log.forget_after(dict.fromkeys(seeds, start))
 
-    # Numbers as arrays: agents that differ in them alone share one compilation.
-    settings = jax.tree.map(lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, agent)
-    settled = _when_to_settle(num_updates)
+    settings = numbers_as_arrays(agent, transitions)
+    settled = when_to_settle(num_updates)
     observations = some_observations(transitions, 0)
     stops = {num_updates, *settled} - {0}
     for every in (log_every, evaluate_every, checkpoint_every):
@@ -206,14 +207,13 @@ def train(
     with tqdm(total=num_updates, initial=start, desc=name, disable=not progress) as bar:
         for stop in sorted(stop for stop in stops if stop > start):
             if start in settled:
-                keys = [jr.fold_in(jr.fold_in(jr.key(2), seed), start) for seed in seeds]
                 states = [
-                    agent.settle(state, observations, key=key)
-                    for state, key in zip(states, keys, strict=True)
+                    settle(agent, state, observations, seed, start)
+                    for state, seed in zip(states, seeds, strict=True)
                 ]
             span = (jnp.asarray(start), jnp.asarray(stop), jr.key(1))
             if vectorise:
-                args = (settings, data, batch_size, jnp.asarray(seeds))
+                args = (settings, sampling, batch_size, jnp.asarray(seeds))
                 stacked, means = run_chunk(_update_all, args, _stack(states), *span)
                 means = jax.tree.map(np.asarray, means)
                 states = [_entry(stacked, i) for i in range(len(seeds))]
@@ -221,13 +221,13 @@ def train(
             else:
                 logs = []
                 for i, seed in enumerate(seeds):
-                    args = (settings, data, batch_size, jnp.asarray(seed))
-                    states[i], means = run_chunk(_update, args, states[i], *span)
+                    args = (settings, sampling, batch_size, jnp.asarray(seed))
+                    states[i], means = run_chunk(update, args, states[i], *span)
                     logs.append(means)
             bar.update(stop - start)
             start = stop
             for seed, values in zip(seeds, logs, strict=True):
-                log.write("train", seed, stop, _finite_numbers(values, seed, stop))
+                log.write("train", seed, stop, finite_numbers(values, seed, stop))
             bar.set_postfix({key: f"{float(value):.3g}" for key, value in logs[0].items()})
             if evaluate is not None and (stop % evaluate_every == 0 or stop == num_updates):
                 for seed, state in zip(seeds, states, strict=True):
@@ -241,26 +241,36 @@ def train(
     return Trained(agent, seeds, tuple(states), transitions, num_updates)
 
 
-def _update(args, state, key, step):
+def update(args, state, key, step):
     del step
-    agent, data, batch_size, seed = args
+    agent, sampling, batch_size, seed = args
     row_key, update_key = jr.split(jr.fold_in(key, seed))
-    rows = jr.randint(row_key, (batch_size,), 0, len(data))
-    batch = jax.tree.map(lambda column: column[rows], data)
+    batch = sampling.draw(batch_size, key=row_key)
     return agent.update(state, batch, key=update_key)
 
 
 def _update_all(args, states, key, step):
-    agent, data, batch_size, seeds = args
+    agent, sampling, batch_size, seeds = args
 
     def one(state, seed):
-        return _update((agent, data, batch_size, seed), state, key, step)
+        return update((agent, sampling, batch_size, seed), state, key, step)
 
     return eqx.filter_vmap(one)(states, seeds)
 
 
-def _when_to_settle(num_updates: int) -> set[int]:
+def numbers_as_arrays(agent: AbstractAgent, transitions: Transitions) -> AbstractAgent:
+    """Agents that differ in numbers alone share one compilation."""
+    dtype = transitions.actions.dtype
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, agent)
+
+
+def when_to_settle(num_updates: int) -> set[int]:
     return {0, 100, 200, 400, 800, *range(1000, num_updates, 1000)} & set(range(num_updates))
+
+
+def settle(agent: AbstractAgent, state: Any, observations: Any, seed: int, updates: int) -> Any:
+    key = jr.fold_in(jr.fold_in(jr.key(2), seed), updates)
+    return agent.settle(state, observations, key=key)
 
 
 def _stack(states: list[Any]) -> Any:
@@ -273,7 +283,7 @@ def _entry(stacked: Any, i: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[i] if eqx.is_array_like(leaf) else leaf, stacked)
 
 
-def _finite_numbers(values: dict[str, Any], seed: int, updates: int) -> dict[str, float]:
+def finite_numbers(values: dict[str, Any], seed: int, updates: int) -> dict[str, float]:
     numbers = {key: float(value) for key, value in values.items()}
     broken = [key for key, value in numbers.items() if not np.isfinite(value)]
     if broken:
@@ -286,7 +296,7 @@ def _finite_numbers(values: dict[str, Any], seed: int, updates: int) -> dict[str
     return numbers
 
 
-def _check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
+def check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
     flow = getattr(agent, "flow", None)
     if not isinstance(flow, BehaviourFlow):
         return
@@ -301,16 +311,20 @@ def _check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
         )
 
 
-def _describe(
+def describe(
     agent: AbstractAgent, transitions: Transitions, seeds: tuple[int, ...], batch_size: int
 ) -> dict[str, str]:
     """What has to be the same for a run to go on."""
-    checksum = 0
-    for leaf in jax.tree.leaves(transitions):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
     return {
         "agent": eqx.tree_pformat(agent, short_arrays=False),
-        "transitions": f"{len(transitions)} rows, checksum {checksum:08x}",
+        "transitions": f"{len(transitions)} rows, checksum {checksum(transitions)}",
         "seeds": str(list(seeds)),
         "batch_size": str(batch_size),
     }
+
+
+def checksum(tree: Any) -> str:
+    total = 0
+    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array_like)):
+        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+    return f"{total:08x}"
