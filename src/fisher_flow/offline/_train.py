@@ -22,6 +22,9 @@ from ._log import Log, Logger
 # called as evaluate(policy, seed), returns names and numbers
 Evaluate = Callable[[AbstractPolicy, int], dict[str, float]]
 
+# called as augment(batch, key=key), returns a batch
+Augment = Callable[..., Transitions]
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -79,6 +82,7 @@ def train(
     *,
     seeds: Sequence[int] = (0,),
     batch_size: int = 256,
+    augment: Augment | None = None,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -125,6 +129,8 @@ def train(
     - `seeds`: one training a seed, of the initial parameters and of all that is random. A seed
         gives the same result whichever others it is trained beside, but for rounding.
     - `batch_size`: the number of transitions in an update, drawn with replacement.
+    - `augment`: called as `augment(batch, key=key)` on every batch, on the device; returns the
+        transitions to learn from instead, for example [`fisher_flow.RandomCrop`][].
     - `evaluate`: called as `evaluate(policy, seed)` for every seed; returns a dictionary of
         numbers, which are logged.
     - `evaluate_every`: the number of updates between evaluations; by default once, at the end.
@@ -168,6 +174,11 @@ def train(
             f"`seeds` must be one or more integers, all different, but got `{seeds}`. "
             "Write `seeds=range(5)`."
         )
+    if augment is not None and (isinstance(augment, type) or not callable(augment)):
+        raise ValueError(
+            "`augment` must be a function `augment(batch, key=key)` that returns transitions, but "
+            f"got `{augment!r}`. Write `augment=fisher_flow.RandomCrop()`."
+        )
     _check_bounds(agent, transitions)
     if vectorise is None:
         vectorise = len(seeds) > 1 and jax.default_backend() != "cpu"
@@ -179,7 +190,7 @@ def train(
     log = Log(folder, loggers)
     checkpoints = None
     if folder is not None:
-        described = _describe(agent, transitions, seeds, batch_size)
+        described = _describe(agent, transitions, seeds, batch_size, augment)
         checkpoints = Checkpoints(folder, described)
         restored = checkpoints.restore(states)
         if restored is not None:
@@ -193,7 +204,9 @@ def train(
     log.forget_after(start)
 
     # Numbers as arrays: agents that differ in them alone share one compilation.
-    settings = jax.tree.map(lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, agent)
+    settings, augment = jax.tree.map(
+        lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, (agent, augment)
+    )
     settled = _when_to_settle(num_updates)
     observations = some_observations(transitions, 0)
     stops = {num_updates, *settled} - {0}
@@ -213,7 +226,7 @@ def train(
                 ]
             span = (jnp.asarray(start), jnp.asarray(stop), jr.key(1))
             if vectorise:
-                args = (settings, data, batch_size, jnp.asarray(seeds))
+                args = (settings, data, batch_size, augment, jnp.asarray(seeds))
                 stacked, means = run_chunk(_update_all, args, _stack(states), *span)
                 means = jax.tree.map(np.asarray, means)
                 states = [_entry(stacked, i) for i in range(len(seeds))]
@@ -221,7 +234,7 @@ def train(
             else:
                 logs = []
                 for i, seed in enumerate(seeds):
-                    args = (settings, data, batch_size, jnp.asarray(seed))
+                    args = (settings, data, batch_size, augment, jnp.asarray(seed))
                     states[i], means = run_chunk(_update, args, states[i], *span)
                     logs.append(means)
             bar.update(stop - start)
@@ -243,18 +256,22 @@ def train(
 
 def _update(args, state, key, step):
     del step
-    agent, data, batch_size, seed = args
-    row_key, update_key = jr.split(jr.fold_in(key, seed))
+    agent, data, batch_size, augment, seed = args
+    key = jr.fold_in(key, seed)
+    row_key, update_key = jr.split(key)
     rows = jr.randint(row_key, (batch_size,), 0, len(data))
     batch = jax.tree.map(lambda column: column[rows], data)
+    if augment is not None:
+        # Folded in, so that the other keys do not depend on it; 0 and 1 give those two again.
+        batch = augment(batch, key=jr.fold_in(key, 2))
     return agent.update(state, batch, key=update_key)
 
 
 def _update_all(args, states, key, step):
-    agent, data, batch_size, seeds = args
+    agent, data, batch_size, augment, seeds = args
 
     def one(state, seed):
-        return _update((agent, data, batch_size, seed), state, key, step)
+        return _update((agent, data, batch_size, augment, seed), state, key, step)
 
     return eqx.filter_vmap(one)(states, seeds)
 
@@ -302,7 +319,11 @@ def _check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
 
 
 def _describe(
-    agent: AbstractAgent, transitions: Transitions, seeds: tuple[int, ...], batch_size: int
+    agent: AbstractAgent,
+    transitions: Transitions,
+    seeds: tuple[int, ...],
+    batch_size: int,
+    augment: Augment | None,
 ) -> dict[str, str]:
     """What has to be the same for a run to go on."""
     checksum = 0
@@ -313,4 +334,5 @@ def _describe(
         "transitions": f"{len(transitions)} rows, checksum {checksum:08x}",
         "seeds": str(list(seeds)),
         "batch_size": str(batch_size),
+        "augment": eqx.tree_pformat(augment, short_arrays=False),
     }
