@@ -9,9 +9,8 @@ from .._custom_types import Observation
 def given(network: Any, observation: Observation) -> Callable[[Any, Any], Any]:
     """`network(t, x, observation)` as a function of `t` and `x`; of a network with a method
     `given`, what that returns."""
-    method = getattr(network, "given", None)
-    if callable(method):
-        return method(observation)
+    if callable(getattr(network, "given", None)):
+        return network.given(observation)
     return lambda t, x: network(t, x, observation)
 
 

@@ -143,8 +143,8 @@ class BehaviourFlow(eqx.Module):
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> Learner:
         """A flow with fresh parameters, and its optimiser."""
         observation, action = first(example)
-        example = "BehaviourFlow(encoder=fisher_flow.ImpalaEncoder())"
-        network, size, key = make_encoder(self.encoder, observation, action.dtype, key, example)
+        line = "BehaviourFlow(encoder=fisher_flow.ImpalaEncoder())"
+        network, size, key = make_encoder(self.encoder, observation, action.dtype, key, line)
         field = VelocityMLP(
             size,
             action.shape,
