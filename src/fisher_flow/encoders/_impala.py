@@ -102,6 +102,18 @@ class ImpalaEncoder(AbstractEncoder):
     def init(
         self, observation: Observation, *, dtype: Any = None, key: PRNGKeyArray
     ) -> "ImpalaNetwork":
+        """A network for observations like this one: a function of one observation to a vector.
+
+        **Arguments:**
+
+        - `observation`: one observation, for its shapes and dtypes.
+        - `dtype`: the dtype of the parameters.
+        - `key`: a `jax.random.key` for the initial parameters.
+
+        **Raises:**
+
+        - `ValueError` if it holds no image. The network raises it for images of other shapes.
+        """
         shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(observation) if is_image(x))
         if len(shapes) == 0:
             raise ValueError(
