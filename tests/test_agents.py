@@ -193,7 +193,7 @@ def test_implicit_q_learning(batch, getkey):
 
     def value_loss(value):
         def one(o, a):
-            u = sg(q_min(state.target_critic, o, a)) - normed_mlp(value, o)
+            u = sg(q_min(state.target_critic, o, a)) - normed_mlp(value.network, o)
             return jnp.where(u > 0, 0.8, 0.2) * u**2
 
         return jnp.mean(jax.vmap(one)(batch.observations, batch.actions))
@@ -201,7 +201,7 @@ def test_implicit_q_learning(batch, getkey):
     loss, gradient = grad(value_loss, state.value.model)
     assert np.allclose(logs["value_loss"], loss, rtol=1e-10)
     check_adam_step(parameters(state.value.model), parameters(new.value.model), gradient)
-    next_v = jax.vmap(lambda o: normed_mlp(state.value.model, o))(batch.next_observations)
+    next_v = jax.vmap(lambda o: normed_mlp(state.value.model.network, o))(batch.next_observations)
     loss, gradient = grad(critic_loss, state.critic.model, batch, bellman(batch, next_v))
     assert np.allclose(logs["critic_loss"], loss, rtol=1e-10)
     check_adam_step(parameters(state.critic.model), parameters(new.critic.model), gradient)

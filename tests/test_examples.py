@@ -64,3 +64,8 @@ def test_figures_of_a_refinement_in_the_plane(tmp_path):
     printed = run("plane", f"out={setup}, num_updates=1000", **quick)
     assert abs(number(printed, "measured KL (nats)") - 0.1) < 0.02
     assert {x.name for x in tmp_path.iterdir()} == {"plane.png", "certificate.png", "chain.png"}
+
+
+def test_agents_that_see():
+    printed = run("pixels", "num_updates=2, num_episodes=1, seeds=[0], names=[]")
+    assert re.search(r"^behaviour, blank +-\d+$", printed, re.MULTILINE)

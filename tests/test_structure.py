@@ -28,12 +28,13 @@ modules = [x for x in public.values() if inspect.isclass(x) and issubclass(x, eq
 may_import = {
     "flows": set(),
     "geometry": {"flows"},
-    "refinement": {"flows", "geometry"},
-    "values": set(),
+    "encoders": set(),
+    "refinement": {"encoders", "flows", "geometry"},
+    "values": {"encoders"},
     "acting": set(),
     "data": set(),
     "evaluation": {"acting", "data"},
-    "offline": {"data", "evaluation", "flows", "geometry", "refinement", "values"},
+    "offline": {"data", "encoders", "evaluation", "flows", "geometry", "refinement", "values"},
 }
 
 

@@ -6,8 +6,10 @@ from .data import (
     load_minari as load_minari,
     load_ogbench as load_ogbench,
     Normaliser as Normaliser,
+    RandomCrop as RandomCrop,
     Transitions as Transitions,
 )
+from .encoders import AbstractEncoder as AbstractEncoder, ImpalaEncoder as ImpalaEncoder
 from .evaluation import (
     bootstrap_interval as bootstrap_interval,
     collect as collect,

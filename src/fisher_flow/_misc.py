@@ -129,6 +129,28 @@ def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
     return jax.flatten_util.ravel_pytree(trees)[0]
 
 
+def encode(encoder: Any, observation: PyTree[Any]) -> PyTree[Any]:
+    """What a network sees of an observation: all of it, unless it has an encoder."""
+    return observation if encoder is None else encoder(observation)
+
+
+def is_image(leaf: Any, num_batch_axes: int = 0) -> bool:
+    """Whether a leaf of an observation is an image, or a stack of frames: `uint8`, of shape
+    `(height, width, channels)` or `(frames, height, width, channels)`."""
+    return jnp.ndim(leaf) - num_batch_axes in (3, 4) and leaf.dtype == np.uint8
+
+
+def refuse_images(observation: PyTree[Any], example: str) -> None:
+    """Refuses to lay the pixels of an image side by side."""
+    for path, leaf in jax.tree.leaves_with_path(observation):
+        if is_image(leaf):
+            raise ValueError(
+                f"`observation{jax.tree_util.keystr(path)}` is an image, of shape "
+                f"{jnp.shape(leaf)}, and would be flattened to {jnp.size(leaf)} entries. Write "
+                f"`{example}`."
+            )
+
+
 def fold_in_values(key: PRNGKeyArray, tree: PyTree[Any]) -> PRNGKeyArray:
     """A key of its own for every value of a PyTree of arrays."""
     values = jax.lax.stop_gradient(ravel_inputs(tree)).astype(jnp.float32)

@@ -279,6 +279,59 @@ class Transitions(eqx.Module):
             np.append(np.diff(rows) != 1, True) | np.asarray(self.ends)[rows],
         )
 
+    def stack_frames(self, num_frames: int) -> "Transitions":
+        """Transitions whose observations are stacks of frames, for what a single image does not
+        show, such as velocities.
+
+        Every leaf gets a leading axis of the last `num_frames` observations of its trajectory, the
+        oldest first, in which the first one stands for what was before it. That is what
+        `gymnasium.wrappers.FrameStackObservation(env, num_frames)` yields, the wrapper to act with.
+
+        The frames are copied, so observations take `num_frames` times their memory. Stack before
+        `n_step`, `chunks` or any selection of rows, which may take away what came before.
+
+        **Arguments:**
+
+        - `num_frames`: the number of frames of a stack.
+
+        **Raises:**
+
+        - `ValueError` if the rows are in no order, or `next_observations` are not those of the next
+            row.
+        """
+        check_positive_integer("num_frames", num_frames, 3)
+        ends, rows = np.asarray(self.ends), np.arange(len(self))
+        if ends.all() and len(self) > 1:
+            raise ValueError(
+                "`ends` must say where trajectories end for frames to be stacked, but every one of "
+                f"the {len(self)} rows is a trajectory of its own. Write `Transitions(..., "
+                "ends=ends)`, or `Transitions.from_episodes(...)`."
+            )
+        # At most so many rows: images are large, and what goes wrong here does so everywhere.
+        inside = np.flatnonzero(~ends[:-1])
+        inside = inside[:: max(1, len(inside) // 1000)]
+        for o, next_o in zip(
+            jax.tree.leaves(self.observations), jax.tree.leaves(self.next_observations), strict=True
+        ):
+            if not np.array_equal(np.asarray(next_o[inside]), np.asarray(o[inside + 1])):
+                raise ValueError(
+                    "`next_observations` must be the observations of the next row for frames to be "
+                    "stacked, but some are not, as after `n_step`. Write "
+                    f"`transitions.stack_frames({num_frames})` first."
+                )
+        first = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), rows, 0))
+        ages = np.arange(num_frames)[::-1]
+        o = jax.tree.map(
+            lambda leaf: np.asarray(leaf)[np.maximum(rows[:, None] - ages, first[:, None])],
+            self.observations,
+        )
+        next_o = jax.tree.map(
+            lambda stack, leaf: np.concatenate([stack[:, 1:], np.asarray(leaf)[:, None]], axis=1),
+            o,
+            self.next_observations,
+        )
+        return eqx.tree_at(lambda t: (t.observations, t.next_observations), self, (o, next_o))
+
     def concatenate(self, *others: "Transitions") -> "Transitions":
         """These rows, followed by those of others.
 

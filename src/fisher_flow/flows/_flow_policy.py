@@ -17,6 +17,7 @@ from .._misc import as_inexact, check_instance, check_positive_integer
 from ._bounds import checked_bounds, TanhBounds
 from ._even_steps import EvenSteps
 from ._foreign import check_inference
+from ._given import given
 from ._path import AbstractAffineGaussianPath, LinearPath
 from ._policy import AbstractFlowPolicy, AbstractPolicy
 
@@ -85,7 +86,9 @@ class FlowPolicy(AbstractFlowPolicy):
         """**Arguments:**
 
         - `velocity`: called as `velocity(t, x, observation)` for one sample; returns an array like
-            `x`. Any callable: an `equinox.Module`, or a plain function.
+            `x`. Any callable: an `equinox.Module`, or a plain function. If it has a method
+            `given(observation)`, which returns the velocity there as a function of `t` and `x`,
+            each solve calls that once, so that an image is encoded once for all steps.
         - `action_shape`: the shape of one action, for example `(5,)`, or `(16, 7)` for a chunk.
 
         **Other arguments:**
@@ -168,7 +171,14 @@ class FlowPolicy(AbstractFlowPolicy):
 
         - `ValueError` if the velocity field returns anything but an array like `x`.
         """
-        v = self.velocity_field(jnp.asarray(t, x.dtype), x, observation)
+        return self._given(observation)(t, x)
+
+    def _given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
+        """The velocity at one observation, which is encoded here and not at every call."""
+        field = given(self.velocity_field, observation)
+        return lambda t, x: self._checked(field(jnp.asarray(t, x.dtype), x), x)
+
+    def _checked(self, v: Any, x: Action) -> Action:
         if jnp.shape(v) != self.action_shape or jnp.shape(x) != self.action_shape:
             raise ValueError(
                 "`velocity(t, x, observation)` must map an `x` of shape `action_shape` to an "
@@ -198,8 +208,9 @@ class FlowPolicy(AbstractFlowPolicy):
 
         The point $x(1)$, not yet held to the bounds.
         """
+        velocity = self._given(observation)
         return self._integrate(
-            lambda t, x, args: self.velocity(t, x, observation),
+            lambda t, x, args: velocity(t, x),
             noise,
             noise.dtype,
             direction=1,
@@ -280,9 +291,11 @@ class FlowPolicy(AbstractFlowPolicy):
             tol = 1e-7 if action.dtype == jnp.float64 else 1e-5
             stepsize_controller = diffrax.PIDController(rtol=tol, atol=tol)
 
+        velocity = self._given(observation)
+
         def vector_field(t, state, args):
             x, _ = state
-            return value_and_divergence(lambda y: self.velocity(t, y, observation), x, probes)
+            return value_and_divergence(lambda y: velocity(t, y), x, probes)
 
         x0, minus_integral = self._integrate(
             vector_field,
@@ -298,7 +311,7 @@ class FlowPolicy(AbstractFlowPolicy):
     def score(
         self, estimator: Callable[..., Action], observation: Observation, action: Action
     ) -> Action:
-        return estimator(self.path, lambda t, x: self.velocity(t, x, observation), action)
+        return estimator(self.path, self._given(observation), action)
 
     def _integrate(self, vector_field, y, dtype, *, direction, solver, stepsize_controller):
         # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax

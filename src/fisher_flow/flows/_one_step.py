@@ -9,7 +9,7 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from .._custom_types import Action, Observation
-from .._misc import ravel_inputs
+from .._misc import encode, ravel_inputs
 from ._bounds import checked_bounds, TanhBounds
 from ._flow_policy import checked_shape, sample_dtype
 from ._foreign import check_inference
@@ -97,6 +97,7 @@ class ActionMLP(eqx.Module):
     """A multilayer perceptron that maps an observation and noise, or an action, to an action."""
 
     mlp: eqx.nn.MLP
+    encoder: Callable[[Any], Any] | None
 
     def __init__(
         self,
@@ -105,13 +106,16 @@ class ActionMLP(eqx.Module):
         width_size: int,
         depth: int,
         *,
+        encoder: Callable[[Any], Any] | None = None,
         key: PRNGKeyArray,
     ):
-        inputs = eqx.filter_eval_shape(ravel_inputs, observation, action).size
+        features = eqx.filter_eval_shape(encode, encoder, observation)
+        inputs = eqx.filter_eval_shape(ravel_inputs, features, action).size
         size = math.prod(action.shape)
         self.mlp = eqx.nn.MLP(
             inputs, size, width_size, depth, jax.nn.gelu, dtype=action.dtype, key=key
         )
+        self.encoder = encoder
 
     def __call__(self, observation: Observation, x: Action) -> Action:
-        return self.mlp(ravel_inputs(observation, x)).reshape(x.shape)
+        return self.mlp(ravel_inputs(encode(self.encoder, observation), x)).reshape(x.shape)

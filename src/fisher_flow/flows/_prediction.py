@@ -10,6 +10,7 @@ from jaxtyping import Scalar
 
 from .._custom_types import Action, Observation
 from .._misc import check_instance
+from ._given import given_within
 from ._path import AbstractAffineGaussianPath
 
 
@@ -47,6 +48,10 @@ class ReversedVelocity(eqx.Module):
         """The velocity with noise at time 0, like `x`."""
         return -self.network(1 - t, x, observation)
 
+    def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
+        """The same at one observation, which a network with a method `given` encodes once."""
+        return given_within(self, observation)
+
 
 class ReversedTime(eqx.Module):
     """A network with noise at time 1, called with noise at time 0; for the predictions below."""
@@ -63,6 +68,10 @@ class ReversedTime(eqx.Module):
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
         """What the network says at time `1 - t`."""
         return self.network(1 - t, x, observation)
+
+    def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
+        """The same at one observation, which a network with a method `given` encodes once."""
+        return given_within(self, observation)
 
 
 class AbstractPrediction(eqx.Module):
@@ -108,6 +117,10 @@ class AbstractPrediction(eqx.Module):
         data, noise = self.data_and_noise(t, x, observation)
         _, _, α_dot, σ_dot = self.path.schedule(t)
         return α_dot * data + σ_dot * noise
+
+    def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
+        """The same at one observation, which a network with a method `given` encodes once."""
+        return given_within(self, observation)
 
 
 class NoisePrediction(AbstractPrediction):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._misc import check_at_least, check_positive_integer, ravel_inputs
+from .._misc import check_at_least, check_positive_integer
 from .._training import apply_gradient
 from ..data import Transitions
+from ..encoders import AbstractEncoder, make_encoder
 from ..flows import AbstractPolicy, flow_matching_loss, FlowPolicy, VelocityMLP
 
 
@@ -105,6 +106,7 @@ class BehaviourFlow(eqx.Module):
     depth: int = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     bounds: tuple[float, float] = eqx.field(static=True)
+    encoder: AbstractEncoder | None
     learning_rate: ScalarLike
 
     def __init__(
@@ -114,6 +116,7 @@ class BehaviourFlow(eqx.Module):
         depth: int = 4,
         num_steps: int = 10,
         bounds: tuple[float, float] = (-1.0, 1.0),
+        encoder: AbstractEncoder | None = None,
         learning_rate: ScalarLike = 3e-4,
     ):
         """**Arguments:**
@@ -122,6 +125,8 @@ class BehaviourFlow(eqx.Module):
         - `num_steps`: the number of Euler steps of a sample.
         - `bounds`: the bounds of the actions. Rescale an environment whose bounds differ from
             entry to entry, with `gymnasium.wrappers.RescaleAction`.
+        - `encoder`: what the velocity field sees images through, such as
+            [`fisher_flow.ImpalaEncoder`][].
         - `learning_rate`: the rate of Adam.
         """
         check_positive_integer("width_size", width_size, 512)
@@ -132,16 +137,20 @@ class BehaviourFlow(eqx.Module):
         self.depth = depth
         self.num_steps = num_steps
         self.bounds = bounds
+        self.encoder = encoder
         self.learning_rate = learning_rate
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> Learner:
         """A flow with fresh parameters, and its optimiser."""
         observation, action = first(example)
+        line = "BehaviourFlow(encoder=fisher_flow.ImpalaEncoder())"
+        network, size, key = make_encoder(self.encoder, observation, action.dtype, key, line)
         field = VelocityMLP(
-            ravel_inputs(observation).size,
+            size,
             action.shape,
             width_size=self.width_size,
             depth=self.depth,
+            encoder=network,
             dtype=action.dtype,
             key=key,
         )

@@ -20,6 +20,8 @@ from ._log import Log, Logger
 from ._normalised_policy import NormalisedPolicy
 from ._sampling import BalancedSampling, ReplayBuffer
 from ._train import (
+    Augment,
+    check_augment,
     check_bounds,
     checksum,
     describe,
@@ -58,6 +60,7 @@ def fine_tune(
     updates_per_step: float = 1.0,
     online_share: float | None = 0.5,
     batch_size: int = 256,
+    augment: Augment | None = None,
     capacity: int | None = None,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
@@ -126,6 +129,7 @@ def fine_tune(
     - `online_share`: the share of each batch that comes from the buffer; `None` to draw from the
         union of buffer and logged transitions.
     - `batch_size`: the number of transitions in an update, drawn with replacement.
+    - `augment`: as of [`fisher_flow.train`][].
     - `capacity`: the number of rows of the buffer, on the device; by default `num_steps`. When it
         is full the oldest make way. Fixed in a `folder`: to go on with more steps later, give it.
     - `evaluate`: called as `evaluate(policy, seed)` for every seed, with the policy as `train`
@@ -188,6 +192,7 @@ def fine_tune(
             f"`updates_per_step` must make at least one update of the {num_steps} steps, but got "
             f"`{updates_per_step}`. Write `updates_per_step=1.0`."
         )
+    check_augment(augment)
     if online_share is not None and not 0 <= online_share <= 1:
         raise ValueError(
             "`online_share` must be a number from 0 to 1, or `None` for the union of both, but "
@@ -216,7 +221,7 @@ def fine_tune(
     log = Log(folder, loggers)
     checkpoints = None
     if folder is not None:
-        described = describe(agent, transitions, seeds, batch_size) | {
+        described = describe(agent, transitions, seeds, batch_size, augment) | {
             "trained": f"{first} updates, checksum {checksum(trained.states)}",
             "normaliser": "None" if normaliser is None else f"checksum {checksum(normaliser)}",
             "updates_per_step": str(float(updates_per_step)),
@@ -238,7 +243,7 @@ def fine_tune(
                 )
     log.forget_after({seed: int(run.num_updates) for seed, run in zip(seeds, runs, strict=True)})
 
-    settings = numbers_as_arrays(agent, transitions)
+    settings, augment = numbers_as_arrays((agent, augment), transitions)
     settled = when_to_settle(last)
     observations = some_observations(transitions, 0)
     stops = sorted(settled | set(range(evaluate_every, last, evaluate_every)))
@@ -256,7 +261,7 @@ def fine_tune(
     def make_updates(run: _Run, seed: int, stop: int) -> tuple[_Run, dict[str, float]]:
         """Makes updates until there are `stop` of them; the mean of the logs."""
         sampling = BalancedSampling(data, run.buffer, online_share)
-        args = (settings, sampling, batch_size, jnp.asarray(seed))
+        args = (settings, sampling, augment, batch_size, jnp.asarray(seed))
         start = begin = int(run.num_updates)
         state, totals = run.state, {}
         for end in [*(x for x in stops if start < x < stop), stop]:

@@ -95,7 +95,7 @@ class FisherDecorator(AbstractAgent):
 
         **Other arguments:**
 
-        - `flow`: the behaviour flow. Its widths are those of the residual too.
+        - `flow`: the behaviour flow. Its widths and encoder are those of the residual too.
         - `critic`: how the critic is made and learned.
         - `from_data`: whether the residual is trained on the actions of the data, which are
             samples of the behaviour policy too, instead of samples of the flow. That saves both
@@ -149,7 +149,13 @@ class FisherDecorator(AbstractAgent):
         observation, action = first(example)
         critic = self.critic.init(observation, action, key=critic_key)
         residual = zero_network(
-            observation, action, self.flow.width_size, self.flow.depth, key=residual_key
+            observation,
+            action,
+            self.flow.width_size,
+            self.flow.depth,
+            encoder=self.flow.encoder,
+            example="BehaviourFlow(encoder=fisher_flow.ImpalaEncoder())",
+            key=residual_key,
         )
         return FisherDecoratorState(
             self.flow.init(example, key=flow_key),
@@ -176,8 +182,8 @@ class FisherDecorator(AbstractAgent):
         self, state: FisherDecoratorState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[FisherDecoratorState, dict[str, Scalar]]:
         flow_key, next_key, base_key, cost_key = jr.split(key, 4)
-        # Folded in, so that the other keys do not depend on the critic.
-        sample_key, critic_key = jr.split(jr.fold_in(key, 1))
+        # Folded in beyond any row, so that no other key is this one or depends on the critic.
+        sample_key, critic_key = jr.split(jr.fold_in(key, 2**31))
         o, next_o = batch.observations, batch.next_observations
         π = self.flow.policy(state.flow)
         δ = state.residual.model

@@ -9,6 +9,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._misc import check_at_least, check_positive_integer
 from ..data import Transitions
+from ..encoders import make_encoder
 from ..flows import AbstractPolicy, ActionMLP, OneStepPolicy
 from ..refinement import BestOf
 from ..values import AbstractCriticLearning, TemporalDifference
@@ -65,7 +66,7 @@ class FlowQLearning(AbstractAgent):
     ):
         r"""**Arguments:**
 
-        - `flow`: the behaviour flow. Its widths are those of the actor too.
+        - `flow`: the behaviour flow. Its widths and encoder are those of the actor too.
         - `critic`: how the critic is made and learned.
         - `coefficient`: the weight $\alpha$ of the distillation. It has to be tuned to each task.
         - `normalise_q`: whether to divide by the mean of $|Q|$.
@@ -86,9 +87,15 @@ class FlowQLearning(AbstractAgent):
         flow_key, critic_key, actor_key = jr.split(key, 3)
         observation, action = first(example)
         critic = self.critic.init(observation, action, key=critic_key)
-        network = ActionMLP(
-            observation, action, self.flow.width_size, self.flow.depth, key=actor_key
+        encoder, _, actor_key = make_encoder(
+            self.flow.encoder,
+            observation,
+            action.dtype,
+            actor_key,
+            "BehaviourFlow(encoder=fisher_flow.ImpalaEncoder())",
         )
+        width_size, depth = self.flow.width_size, self.flow.depth
+        network = ActionMLP(observation, action, width_size, depth, encoder=encoder, key=actor_key)
         actor = OneStepPolicy(network, action.shape, bounds=self.flow.bounds, dtype=action.dtype)
         optimiser = adam(self.learning_rate)
         return FlowQState(
@@ -102,8 +109,8 @@ class FlowQLearning(AbstractAgent):
         self, state: FlowQState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[FlowQState, dict[str, Scalar]]:
         flow_key, next_key, noise_key = jr.split(key, 3)
-        # Folded in, so that the other keys do not depend on the critic.
-        sample_key, critic_key = jr.split(jr.fold_in(key, 1))
+        # Folded in beyond any row, so that no other key is this one or depends on the critic.
+        sample_key, critic_key = jr.split(jr.fold_in(key, 2**31))
         optimiser = adam(self.learning_rate)
         μ: OneStepPolicy = state.actor.model
         flow, flow_loss = self.flow.update(state.flow, batch, key=flow_key)

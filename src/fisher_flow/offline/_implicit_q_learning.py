@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._misc import check_at_least, check_positive_integer, ravel_inputs
+from .._misc import check_at_least, check_positive_integer
 from ..data import Transitions
+from ..encoders import make_encoder
 from ..flows import AbstractPolicy
 from ..refinement import AbstractRefinement, BestOf, refine
 from ..values import AbstractCriticLearning, TemporalDifference
-from ..values._critic import QNetwork
+from ..values._critic import QNetwork, ValueNetwork
 from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner
 
 
@@ -76,7 +77,8 @@ class ImplicitQLearning(AbstractAgent):
         r"""**Arguments:**
 
         - `flow`: the behaviour flow.
-        - `critic`: how the critic is made and learned.
+        - `critic`: how the critic is made and learned. Its widths and encoder are those of the
+            value too.
         - `expectile`: the expectile $\kappa$ between 0 and 1; 1/2 is the mean.
         - `refinement`: the `method` of [`fisher_flow.refine`][]; `None` for none.
         - `num_candidates`: the number of actions of which the best by the critic is taken.
@@ -95,8 +97,16 @@ class ImplicitQLearning(AbstractAgent):
         flow_key, critic_key, value_key = jr.split(key, 3)
         observation, action = first(example)
         critic = self.critic.init(observation, action, key=critic_key)
-        size = ravel_inputs(observation).size
-        value = QNetwork(size, self.critic.width_size, self.critic.depth, action.dtype, value_key)
+        encoder, size, value_key = make_encoder(
+            self.critic.encoder,
+            observation,
+            action.dtype,
+            value_key,
+            "TemporalDifference(encoder=fisher_flow.ImpalaEncoder())",
+        )
+        width_size, depth = self.critic.width_size, self.critic.depth
+        network = QNetwork(size, width_size, depth, action.dtype, value_key)
+        value = ValueNetwork(network, encoder)
         optimiser = adam(self.learning_rate)
         return ImplicitQState(
             self.flow.init(example, key=flow_key),
@@ -109,15 +119,15 @@ class ImplicitQLearning(AbstractAgent):
         self, state: ImplicitQState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[ImplicitQState, dict[str, Scalar]]:
         optimiser = adam(self.learning_rate)
-        # Folded in, so that the key of the flow does not depend on the critic.
-        critic_key = jr.fold_in(key, 1)
+        # Folded in beyond any row, so that no other key is this one or depends on the critic.
+        critic_key = jr.fold_in(key, 2**31)
         flow, flow_loss = self.flow.update(state.flow, batch, key=key)
 
         q = jax.vmap(state.target_critic)(batch.observations, jnp.asarray(batch.actions))
 
         @eqx.filter_grad(has_aux=True)
         def value_gradient(value):
-            v = jax.vmap(lambda o: value(ravel_inputs(o)))(batch.observations)
+            v = jax.vmap(value)(batch.observations)
             u = q - v
             loss = jnp.mean(jnp.where(u < 0, 1 - self.expectile, self.expectile) * u**2)
             return loss, {"value_loss": loss, "v_mean": jnp.mean(v)}
@@ -125,8 +135,7 @@ class ImplicitQLearning(AbstractAgent):
         gradient, value_logs = value_gradient(state.value.model)
         value = state.value.step(gradient, optimiser)
 
-        v = state.value.model
-        next_v = jax.vmap(lambda o: v(ravel_inputs(o)))(batch.next_observations)
+        next_v = jax.vmap(state.value.model)(batch.next_observations)
         y = self.critic.target(batch.rewards, batch.masks, next_v)
 
         @eqx.filter_grad(has_aux=True)

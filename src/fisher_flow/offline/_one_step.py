@@ -90,8 +90,8 @@ class OneStep(AbstractAgent):
     def update(
         self, state: OneStepState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[OneStepState, dict[str, Scalar]]:
-        # Folded in, so that the other keys do not depend on the critic.
-        sample_key, critic_key = jr.split(jr.fold_in(key, 1))
+        # Folded in beyond any row, so that no other key is this one or depends on the critic.
+        sample_key, critic_key = jr.split(jr.fold_in(key, 2**31))
         flow, flow_loss = self.flow.update(state.flow, batch, key=key)
 
         next_q = self.critic.next_values(

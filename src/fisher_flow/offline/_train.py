@@ -23,6 +23,9 @@ from ._sampling import UniformSampling
 # called as evaluate(policy, seed), returns names and numbers
 Evaluate = Callable[[AbstractPolicy, int], dict[str, float]]
 
+# called as augment(batch, key=key), returns a batch
+Augment = Callable[..., Transitions]
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -81,6 +84,7 @@ def train(
     *,
     seeds: Sequence[int] = (0,),
     batch_size: int = 256,
+    augment: Augment | None = None,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -127,6 +131,8 @@ def train(
     - `seeds`: one training a seed, of the initial parameters and of all that is random. A seed
         gives the same result whichever others it is trained beside, but for rounding.
     - `batch_size`: the number of transitions in an update, drawn with replacement.
+    - `augment`: called as `augment(batch, key=key)` on every batch, on the device; returns the
+        transitions to learn from instead, for example [`fisher_flow.RandomCrop`][].
     - `evaluate`: called as `evaluate(policy, seed)` for every seed; returns a dictionary of
         numbers, which are logged.
     - `evaluate_every`: the number of updates between evaluations; by default once, at the end.
@@ -170,6 +176,7 @@ def train(
             f"`seeds` must be one or more integers, all different, but got `{seeds}`. "
             "Write `seeds=range(5)`."
         )
+    check_augment(augment)
     check_bounds(agent, transitions)
     if vectorise is None:
         vectorise = len(seeds) > 1 and jax.default_backend() != "cpu"
@@ -181,7 +188,7 @@ def train(
     log = Log(folder, loggers)
     checkpoints = None
     if folder is not None:
-        described = describe(agent, transitions, seeds, batch_size)
+        described = describe(agent, transitions, seeds, batch_size, augment)
         checkpoints = Checkpoints(folder, described)
         restored = checkpoints.restore(states)
         if restored is not None:
@@ -194,7 +201,7 @@ def train(
                 )
     log.forget_after(dict.fromkeys(seeds, start))
 
-    settings = numbers_as_arrays(agent, transitions)
+    settings, augment = numbers_as_arrays((agent, augment), transitions)
     settled = when_to_settle(num_updates)
     observations = some_observations(transitions, 0)
     stops = {num_updates, *settled} - {0}
@@ -213,7 +220,7 @@ def train(
                 ]
             span = (jnp.asarray(start), jnp.asarray(stop), jr.key(1))
             if vectorise:
-                args = (settings, sampling, batch_size, jnp.asarray(seeds))
+                args = (settings, sampling, augment, batch_size, jnp.asarray(seeds))
                 stacked, means = run_chunk(_update_all, args, _stack(states), *span)
                 means = jax.tree.map(np.asarray, means)
                 states = [_entry(stacked, i) for i in range(len(seeds))]
@@ -221,7 +228,7 @@ def train(
             else:
                 logs = []
                 for i, seed in enumerate(seeds):
-                    args = (settings, sampling, batch_size, jnp.asarray(seed))
+                    args = (settings, sampling, augment, batch_size, jnp.asarray(seed))
                     states[i], means = run_chunk(update, args, states[i], *span)
                     logs.append(means)
             bar.update(stop - start)
@@ -243,25 +250,29 @@ def train(
 
 def update(args, state, key, step):
     del step
-    agent, sampling, batch_size, seed = args
-    row_key, update_key = jr.split(jr.fold_in(key, seed))
+    agent, sampling, augment, batch_size, seed = args
+    key = jr.fold_in(key, seed)
+    row_key, update_key = jr.split(key)
     batch = sampling.draw(batch_size, key=row_key)
+    if augment is not None:
+        # Folded in: 0 and 1 would give those two again.
+        batch = augment(batch, key=jr.fold_in(key, 2))
     return agent.update(state, batch, key=update_key)
 
 
 def _update_all(args, states, key, step):
-    agent, sampling, batch_size, seeds = args
+    agent, sampling, augment, batch_size, seeds = args
 
     def one(state, seed):
-        return update((agent, sampling, batch_size, seed), state, key, step)
+        return update((agent, sampling, augment, batch_size, seed), state, key, step)
 
     return eqx.filter_vmap(one)(states, seeds)
 
 
-def numbers_as_arrays(agent: AbstractAgent, transitions: Transitions) -> AbstractAgent:
+def numbers_as_arrays(settings: Any, transitions: Transitions) -> Any:
     """Agents that differ in numbers alone share one compilation."""
     dtype = transitions.actions.dtype
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, agent)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, settings)
 
 
 def when_to_settle(num_updates: int) -> set[int]:
@@ -296,6 +307,14 @@ def finite_numbers(values: dict[str, Any], seed: int, updates: int) -> dict[str,
     return numbers
 
 
+def check_augment(augment: Any) -> None:
+    if augment is not None and (isinstance(augment, type) or not callable(augment)):
+        raise ValueError(
+            "`augment` must be a function `augment(batch, key=key)` that returns transitions, but "
+            f"got `{augment!r}`. Write `augment=fisher_flow.RandomCrop()`."
+        )
+
+
 def check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
     flow = getattr(agent, "flow", None)
     if not isinstance(flow, BehaviourFlow):
@@ -312,7 +331,11 @@ def check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
 
 
 def describe(
-    agent: AbstractAgent, transitions: Transitions, seeds: tuple[int, ...], batch_size: int
+    agent: AbstractAgent,
+    transitions: Transitions,
+    seeds: tuple[int, ...],
+    batch_size: int,
+    augment: Augment | None,
 ) -> dict[str, str]:
     """What has to be the same for a run to go on."""
     return {
@@ -320,6 +343,7 @@ def describe(
         "transitions": f"{len(transitions)} rows, checksum {checksum(transitions)}",
         "seeds": str(list(seeds)),
         "batch_size": str(batch_size),
+        "augment": eqx.tree_pformat(augment, short_arrays=False),
     }
 
 

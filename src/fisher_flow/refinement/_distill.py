@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree, ScalarLike
 from .._custom_types import Critic
 from .._misc import check_at_least, check_positive_integer, random_rows
 from .._training import apply_gradient, decaying_adam, train
+from ..encoders import AbstractEncoder, make_encoder
 from ..flows import ActionMLP, as_flow_policy, OneStepPolicy
 from ._fidelity import checked_held_out, critic_of, measure_fidelity, Refit
 from ._selection import AbstractSelection
@@ -22,6 +23,7 @@ def distill(
     *,
     critic: Critic | None = None,
     network: Callable[[Any, Any], Any] | None = None,
+    encoder: AbstractEncoder | None = None,
     width_size: int = 256,
     depth: int = 3,
     held_out: PyTree[Any] | None = None,
@@ -55,6 +57,8 @@ def distill(
     - `critic`: by which the loss is judged; by default that of the policy.
     - `network`: called as `network(observation, noise)` for one sample; returns an action. By
         default a multilayer perceptron of `depth` hidden layers of `width_size` units.
+    - `encoder`: what that perceptron sees images through, such as
+        [`fisher_flow.ImpalaEncoder`][].
     - `held_out`: the observations to measure the loss at; by default `observations`.
     - `num_samples`: the number of pairs of noise and action that are made to learn from.
     - `num_updates`, `batch_size`, `learning_rate`: of Adam, whose rate falls to zero along a
@@ -116,7 +120,14 @@ def distill(
         )
     if network is None:
         observation, action = jax.tree.map(lambda leaf: leaf[0], (o, a))
-        network = ActionMLP(observation, action, width_size, depth, key=network_key)
+        encode, _, network_key = make_encoder(
+            encoder,
+            observation,
+            a.dtype,
+            network_key,
+            "distill(policy, observations, encoder=fisher_flow.ImpalaEncoder(), key=key)",
+        )
+        network = ActionMLP(observation, action, width_size, depth, encoder=encode, key=network_key)
     student = OneStepPolicy(network, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
     parameters = eqx.filter(student, eqx.is_inexact_array)
     if len(jax.tree.leaves(parameters)) == 0:

@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 from .._custom_types import Action, Critic, Observation
 from .._misc import check_at_least, check_positive_integer, finite_or_zero, random_rows
 from .._training import apply_gradient, train
+from ..encoders import AbstractEncoder, make_encoder
 from ..flows import AbstractFlowPolicy, ActionMLP
 from ..geometry import AbstractMetric, FisherRao, TransportKL
 from ..geometry._krylov import mean_eigenvalue
@@ -65,6 +66,7 @@ class Residual(AbstractRefinement):
     metric: AbstractMetric
     radius: ScalarLike
     network: Callable[[Any, Any], Any] | None
+    encoder: AbstractEncoder | None
     width_size: int = eqx.field(static=True)
     depth: int = eqx.field(static=True)
     num_updates: int = eqx.field(static=True)
@@ -82,6 +84,7 @@ class Residual(AbstractRefinement):
         radius: ScalarLike = 0.5,
         *,
         network: Callable[[Any, Any], Any] | None = None,
+        encoder: AbstractEncoder | None = None,
         width_size: int = 128,
         depth: int = 3,
         num_updates: int = 5000,
@@ -104,6 +107,8 @@ class Residual(AbstractRefinement):
         - `network`: called as `network(observation, action)` for one sample; returns a
             displacement. By default a multilayer perceptron of `depth` hidden layers of
             `width_size` units, which starts from zero.
+        - `encoder`: what that perceptron sees images through, such as
+            [`fisher_flow.ImpalaEncoder`][].
         - `num_updates`, `batch_size`: the number of gradient steps, and of actions in each.
         - `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.
         - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue by which every
@@ -131,6 +136,7 @@ class Residual(AbstractRefinement):
         self.metric = metric
         self.radius = radius
         self.network = network
+        self.encoder = encoder
         self.width_size = width_size
         self.depth = depth
         self.num_updates = num_updates
@@ -162,7 +168,13 @@ class Residual(AbstractRefinement):
             observation = jax.tree.map(lambda leaf: leaf[0], observations)
             action = eqx.filter_eval_shape(lambda key: policy.draw(observation, key=key), key)
             network = zero_network(
-                observation, action, self.width_size, self.depth, key=network_key
+                observation,
+                action,
+                self.width_size,
+                self.depth,
+                encoder=self.encoder,
+                example="Residual(encoder=fisher_flow.ImpalaEncoder())",
+                key=network_key,
             )
         if not isinstance(self.radius, jax.core.Tracer) and self.radius == 0:
             return NetworkDisplacement(network, jnp.zeros(()))
@@ -199,10 +211,13 @@ def zero_network(
     width_size: int,
     depth: int,
     *,
+    encoder: AbstractEncoder | None = None,
+    example: str,
     key: PRNGKeyArray,
 ) -> ActionMLP:
     """A network for displacements that starts from zero."""
-    network = ActionMLP(observation, action, width_size, depth, key=key)
+    encode, _, key = make_encoder(encoder, observation, action.dtype, key, example)
+    network = ActionMLP(observation, action, width_size, depth, encoder=encode, key=key)
     last = lambda network: (network.mlp.layers[-1].weight, network.mlp.layers[-1].bias)
     return eqx.tree_at(last, network, jax.tree.map(jnp.zeros_like, last(network)))
 

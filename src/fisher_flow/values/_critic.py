@@ -10,7 +10,13 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import Action, Data, Observation
-from .._misc import check_equal_lengths, check_instance, check_positive_integer, ravel_inputs
+from .._misc import (
+    check_equal_lengths,
+    check_instance,
+    check_positive_integer,
+    encode,
+    ravel_inputs,
+)
 from .._training import apply_gradient, train
 
 
@@ -48,6 +54,16 @@ class QNetwork(eqx.Module):
         return outputs[0] if self.output_size is None else outputs
 
 
+class ValueNetwork(eqx.Module):
+    """The value of an observation."""
+
+    network: QNetwork
+    encoder: Callable[[Any], Any] | None
+
+    def __call__(self, observation: Observation) -> Scalar:
+        return self.network(ravel_inputs(encode(self.encoder, observation)))
+
+
 class QEnsemble(eqx.Module):
     """A critic: the mean of several Q networks, alike but for their initial parameters.
 
@@ -55,6 +71,7 @@ class QEnsemble(eqx.Module):
     """
 
     members: QNetwork  # every array in it has a leading axis, one entry a member
+    encoder: Callable[[Any], Any] | None  # one for all members
     num_members: int = eqx.field(static=True)
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
 
@@ -67,17 +84,21 @@ class QEnsemble(eqx.Module):
         width_size: int = 256,
         depth: int = 3,
         aggregate: Callable[[Array], Array] = jnp.mean,
+        encoder: Callable[[Any], Any] | None = None,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
 
         - `observation_size`: the number of entries of one observation, all its leaves together.
+            With an `encoder`, that of its features.
         - `action_size`: the number of entries of one action.
         - `num_members`: the number of networks.
         - `width_size`, `depth`: the hidden layers of each.
         - `aggregate`: how their values become one: `jax.numpy.mean`, or `jax.numpy.min` for a
             pessimist.
+        - `encoder`: called as `encoder(observation)`; returns a vector, which all networks see. It
+            is trained with them, and may come from the `init` of [`fisher_flow.ImpalaEncoder`][].
         - `dtype`: the dtype of the parameters.
         - `key`: a `jax.random.key` for the initial parameters.
         """
@@ -87,6 +108,7 @@ class QEnsemble(eqx.Module):
         self.members = eqx.filter_vmap(
             lambda key: QNetwork(observation_size + action_size, width_size, depth, dtype, key)
         )(jr.split(key, num_members))
+        self.encoder = encoder
         self.num_members = num_members
         self.aggregate = aggregate
 
@@ -96,7 +118,7 @@ class QEnsemble(eqx.Module):
 
     def values(self, observation: Observation, action: Action) -> Float[Array, " members"]:
         """The value of an action by each member."""
-        inputs = ravel_inputs(observation, action)
+        inputs = ravel_inputs(encode(self.encoder, observation), action)
         return eqx.filter_vmap(lambda member: member(inputs))(self.members)
 
 

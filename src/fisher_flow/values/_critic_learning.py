@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Data, Observation
+from ..encoders import AbstractEncoder
 
 
 class AbstractCriticLearning(eqx.Module):
@@ -19,6 +20,7 @@ class AbstractCriticLearning(eqx.Module):
 
     width_size: eqx.AbstractVar[int]
     depth: eqx.AbstractVar[int]
+    encoder: eqx.AbstractVar[AbstractEncoder | None]
     discount: eqx.AbstractVar[ScalarLike]
     target_rate: eqx.AbstractVar[ScalarLike]
 

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Data, Observation
-from .._misc import check_at_least, check_positive_integer, ravel_inputs
+from .._misc import check_at_least, check_positive_integer, encode, ravel_inputs
+from ..encoders import AbstractEncoder, EncoderNetwork, make_encoder
 from ._critic import QNetwork
 from ._critic_learning import AbstractCriticLearning
 
@@ -19,6 +20,7 @@ class CategoricalEnsemble(eqx.Module):
     """Several networks that predict logits of returns; the critic of [`fisher_flow.HLGauss`][]."""
 
     members: QNetwork  # every array in it has a leading axis, one entry a member
+    encoder: EncoderNetwork | None  # one for all members
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
     support: tuple[float, float] = eqx.field(static=True)
     num_atoms: int = eqx.field(static=True)
@@ -35,7 +37,7 @@ class CategoricalEnsemble(eqx.Module):
 
     def logits(self, observation: Observation, action: Action) -> Float[Array, "members atoms"]:
         """The logits of the returns of an action by each member."""
-        inputs = ravel_inputs(observation, action)
+        inputs = ravel_inputs(encode(self.encoder, observation), action)
         return eqx.filter_vmap(lambda member: member(inputs))(self.members)
 
 
@@ -76,6 +78,7 @@ class HLGauss(AbstractCriticLearning):
     width_size: int = eqx.field(static=True)
     depth: int = eqx.field(static=True)
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
+    encoder: AbstractEncoder | None
     discount: ScalarLike
     target_rate: ScalarLike
 
@@ -89,6 +92,7 @@ class HLGauss(AbstractCriticLearning):
         width_size: int = 512,
         depth: int = 4,
         aggregate: Callable[[Array], Array] = jnp.mean,
+        encoder: AbstractEncoder | None = None,
         discount: ScalarLike = 0.99,
         target_rate: ScalarLike = 0.005,
     ):
@@ -123,19 +127,22 @@ class HLGauss(AbstractCriticLearning):
         self.width_size = width_size
         self.depth = depth
         self.aggregate = aggregate
+        self.encoder = encoder
         self.discount = discount
         self.target_rate = target_rate
 
     def init(
         self, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> CategoricalEnsemble:
-        size = ravel_inputs(observation).size + action.size
+        example = f"HLGauss({self.support}, encoder=fisher_flow.ImpalaEncoder())"
+        network, size, key = make_encoder(self.encoder, observation, action.dtype, key, example)
+        size += action.size
         members = eqx.filter_vmap(
             lambda key: QNetwork(
                 size, self.width_size, self.depth, action.dtype, key, self.num_atoms
             )
         )(jr.split(key, self.num_members))
-        return CategoricalEnsemble(members, self.aggregate, self.support, self.num_atoms)
+        return CategoricalEnsemble(members, network, self.aggregate, self.support, self.num_atoms)
 
     def histogram(self, target: Scalar) -> Float[Array, " atoms"]:
         """The probabilities of the bins for one target, clipped to the support."""

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Data, Observation
-from .._misc import check_at_least, check_positive_integer, ravel_inputs
+from .._misc import check_at_least, check_positive_integer
+from ..encoders import AbstractEncoder, make_encoder
 from ._critic import QEnsemble
 from ._critic_learning import AbstractCriticLearning
 
@@ -26,6 +27,7 @@ class TemporalDifference(AbstractCriticLearning):
     width_size: int = eqx.field(static=True)
     depth: int = eqx.field(static=True)
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
+    encoder: AbstractEncoder | None
     discount: ScalarLike
     target_rate: ScalarLike
 
@@ -36,6 +38,7 @@ class TemporalDifference(AbstractCriticLearning):
         width_size: int = 512,
         depth: int = 4,
         aggregate: Callable[[Array], Array] = jnp.mean,
+        encoder: AbstractEncoder | None = None,
         discount: ScalarLike = 0.99,
         target_rate: ScalarLike = 0.005,
     ):
@@ -45,6 +48,8 @@ class TemporalDifference(AbstractCriticLearning):
         - `width_size`, `depth`: the hidden layers of each.
         - `aggregate`: how the values of the members become one: `jax.numpy.mean`, or
             `jax.numpy.min` for a pessimist.
+        - `encoder`: what the networks see images through, such as [`fisher_flow.ImpalaEncoder`][];
+            one for all of them.
         - `discount`: the discount $\gamma$ of one step.
         - `target_rate`: the share of the critic that enters its target at each update.
         """
@@ -57,18 +62,22 @@ class TemporalDifference(AbstractCriticLearning):
         self.width_size = width_size
         self.depth = depth
         self.aggregate = aggregate
+        self.encoder = encoder
         self.discount = discount
         self.target_rate = target_rate
 
     def init(self, observation: Observation, action: Action, *, key: PRNGKeyArray) -> QEnsemble:
         """A critic for observations and actions like these."""
+        example = "TemporalDifference(encoder=fisher_flow.ImpalaEncoder())"
+        network, size, key = make_encoder(self.encoder, observation, action.dtype, key, example)
         return QEnsemble(
-            ravel_inputs(observation).size,
+            size,
             action.size,
             num_members=self.num_members,
             width_size=self.width_size,
             depth=self.depth,
             aggregate=self.aggregate,
+            encoder=network,
             dtype=action.dtype,
             key=key,
         )

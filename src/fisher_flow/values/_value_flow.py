@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Data, Observation
-from .._misc import check_at_least, check_positive_integer, ravel_inputs
+from .._misc import check_at_least, check_positive_integer, encode, ravel_inputs
+from ..encoders import AbstractEncoder, EncoderNetwork, make_encoder
 from ._critic import QNetwork
 from ._critic_learning import AbstractCriticLearning
 
@@ -18,6 +19,7 @@ class FlowEnsemble(eqx.Module):
     """Several flows from noise to returns; the critic of [`fisher_flow.ValueFlow`][]."""
 
     members: QNetwork  # every array in it has a leading axis, one entry a member
+    encoder: EncoderNetwork | None  # one for all members
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_nodes: int = eqx.field(static=True)
@@ -42,9 +44,10 @@ class FlowEnsemble(eqx.Module):
         """Where the flow of each member carries `noise`: a sample of the return, of normal
         noise."""
         x = jnp.full(self.members.layers[0].weight.shape[:1], noise)
+        features = encode(self.encoder, observation)  # once for all steps
 
         def euler(x, t):
-            return x + self.velocities(observation, action, x, t) / self.num_steps, None
+            return x + self._velocities(features, action, x, t) / self.num_steps, None
 
         times = jnp.arange(self.num_steps, dtype=x.dtype) / self.num_steps
         return jax.lax.scan(euler, x, times)[0]
@@ -53,7 +56,10 @@ class FlowEnsemble(eqx.Module):
         self, observation: Observation, action: Action, x: Float[Array, " members"], t: Scalar
     ) -> Float[Array, " members"]:
         """The velocity of each member at its own point."""
-        return eqx.filter_vmap(lambda member, x: member(ravel_inputs(observation, action, x, t)))(
+        return self._velocities(encode(self.encoder, observation), action, x, t)
+
+    def _velocities(self, features, action, x, t):
+        return eqx.filter_vmap(lambda member, x: member(ravel_inputs(features, action, x, t)))(
             self.members, x
         )
 
@@ -97,6 +103,7 @@ class ValueFlow(AbstractCriticLearning):
     width_size: int = eqx.field(static=True)
     depth: int = eqx.field(static=True)
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
+    encoder: AbstractEncoder | None
     discount: ScalarLike
     target_rate: ScalarLike
 
@@ -109,6 +116,7 @@ class ValueFlow(AbstractCriticLearning):
         width_size: int = 512,
         depth: int = 4,
         aggregate: Callable[[Array], Array] = jnp.mean,
+        encoder: AbstractEncoder | None = None,
         discount: ScalarLike = 0.99,
         target_rate: ScalarLike = 0.005,
     ):
@@ -131,15 +139,18 @@ class ValueFlow(AbstractCriticLearning):
         self.width_size = width_size
         self.depth = depth
         self.aggregate = aggregate
+        self.encoder = encoder
         self.discount = discount
         self.target_rate = target_rate
 
     def init(self, observation: Observation, action: Action, *, key: PRNGKeyArray) -> FlowEnsemble:
-        size = ravel_inputs(observation).size + action.size + 2
+        example = "ValueFlow(encoder=fisher_flow.ImpalaEncoder())"
+        network, size, key = make_encoder(self.encoder, observation, action.dtype, key, example)
+        size += action.size + 2
         members = eqx.filter_vmap(
             lambda key: QNetwork(size, self.width_size, self.depth, action.dtype, key)
         )(jr.split(key, self.num_members))
-        return FlowEnsemble(members, self.aggregate, self.num_steps, self.num_nodes)
+        return FlowEnsemble(members, network, self.aggregate, self.num_steps, self.num_nodes)
 
     def next_values(
         self,
