@@ -6,6 +6,8 @@ from .data import (
     load_minari as load_minari,
     load_ogbench as load_ogbench,
     Normaliser as Normaliser,
+    open_transitions as open_transitions,
+    save_transitions as save_transitions,
     Transitions as Transitions,
 )
 from .evaluation import (
@@ -74,6 +76,7 @@ from .offline import (
     TensorBoard as TensorBoard,
     train as train,
     Trained as Trained,
+    WeightsAndBiases as WeightsAndBiases,
 )
 from .refinement import (
     absorb as absorb,

@@ -1,6 +1,6 @@
+import contextlib
 import dataclasses
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +11,13 @@ import jax.random as jr
 import numpy as np
 
 from .._misc import check_instance, check_positive_integer
-from .._training import run_chunk
+from .._training import add_chunk, no_logs
 from ..data import Transitions
+from ..data._stored import checksum, stored_record
 from ..flows import AbstractPolicy
 from ._agent import AbstractAgent, BehaviourFlow
 from ._checkpoints import Checkpoints
+from ._feed import draw_rows, Resident, Streamed
 from ._log import Log, Logger
 
 
@@ -68,7 +70,9 @@ def make_policy(
 
 
 def some_observations(transitions: Transitions, seed: int) -> Any:
-    rows = np.random.default_rng(seed).permutation(len(transitions))[:10_000]
+    # Not by a permutation, which would take memory for every row there is.
+    num = min(len(transitions), 10_000)
+    rows = np.random.default_rng(seed).choice(len(transitions), num, replace=False)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), transitions.observations)
 
 
@@ -86,11 +90,13 @@ def train(
     log_every: int = 1000,
     loggers: Sequence[Logger] = (),
     vectorise: bool | None = None,
+    stream: bool | None = None,
     progress: bool = True,
 ) -> Trained:
     """Trains an agent on logged transitions.
 
-    The data lie on the device, and chunks of updates run there. With a `folder`, a run that was
+    The data lie on the device, and chunks of updates run there; or they stay on disk, and the
+    batches are read ahead of the updates, with the same results. With a `folder`, a run that was
     stopped, at whatever moment, goes on from its last checkpoint when the same call is made again,
     and ends with the same numbers as if it had not been stopped.
 
@@ -117,7 +123,7 @@ def train(
     **Arguments:**
 
     - `agent`: what to train, for example [`fisher_flow.OneStep`][].
-    - `transitions`: the data. All of it is moved to the device.
+    - `transitions`: the data, in memory or as [`fisher_flow.open_transitions`][] opens them.
     - `num_updates`: the number of updates, those of an earlier run in `folder` included.
 
     **Other arguments:**
@@ -133,9 +139,14 @@ def train(
     - `checkpoint_every`: the number of updates between checkpoints; by default a tenth of all.
     - `log_every`: the number of updates between rows of the log.
     - `loggers`: called as `logger(seed, updates, values)` with every row of either file, for
-        example [`fisher_flow.TensorBoard`][].
+        example [`fisher_flow.TensorBoard`][] or [`fisher_flow.WeightsAndBiases`][]. One that has a
+        `close()` is closed when the training ends, in whichever way.
     - `vectorise`: whether all seeds are trained at once, by `vmap`: faster on accelerators, but
         not on CPUs, where by default they take turns.
+    - `stream`: whether the data are left where they are, and each batch is read from there a few
+        updates before its turn; else all of them are moved to the device. By default those are
+        left that lie on disk. The rows drawn are the same, and on a CPU so is every bit of the
+        result. Needs Grain: `pip install grain`.
     - `progress`: whether to show a progress bar.
 
     **Returns:**
@@ -171,10 +182,17 @@ def train(
     _check_bounds(agent, transitions)
     if vectorise is None:
         vectorise = len(seeds) > 1 and jax.default_backend() != "cpu"
+    if stream is None:
+        stream = any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(transitions))
 
     dtype = transitions.actions.dtype
-    data = jax.tree.map(jnp.asarray, transitions)
-    states = [agent.init(data[:1], key=jr.fold_in(jr.key(0), seed)) for seed in seeds]
+    key = jr.key(1)
+    if stream:
+        feed = Streamed(transitions, key, seeds, batch_size, num_updates)
+    else:
+        feed = Resident(transitions)
+    example = jax.tree.map(jnp.asarray, transitions[:1])
+    states = [agent.init(example, key=jr.fold_in(jr.key(0), seed)) for seed in seeds]
     start = 0
     log = Log(folder, loggers)
     checkpoints = None
@@ -203,7 +221,8 @@ def train(
     from tqdm.auto import tqdm  # only here: it is slow to import
 
     name = type(agent).__name__
-    with tqdm(total=num_updates, initial=start, desc=name, disable=not progress) as bar:
+    bar = tqdm(total=num_updates, initial=start, desc=name, disable=not progress)
+    with bar, contextlib.closing(feed), contextlib.closing(log):
         for stop in sorted(stop for stop in stops if stop > start):
             if start in settled:
                 keys = [jr.fold_in(jr.fold_in(jr.key(2), seed), start) for seed in seeds]
@@ -211,19 +230,14 @@ def train(
                     agent.settle(state, observations, key=key)
                     for state, key in zip(states, keys, strict=True)
                 ]
-            span = (jnp.asarray(start), jnp.asarray(stop), jr.key(1))
+            args = (settings, feed, batch_size, seeds)
+            span = (start, stop, key)
             if vectorise:
-                args = (settings, data, batch_size, jnp.asarray(seeds))
-                stacked, means = run_chunk(_update_all, args, _stack(states), *span)
-                means = jax.tree.map(np.asarray, means)
+                (stacked,), (means,) = _advance(_update_all, args, [_stack(states)], *span)
                 states = [_entry(stacked, i) for i in range(len(seeds))]
                 logs = [_entry(means, i) for i in range(len(seeds))]
             else:
-                logs = []
-                for i, seed in enumerate(seeds):
-                    args = (settings, data, batch_size, jnp.asarray(seed))
-                    states[i], means = run_chunk(_update, args, states[i], *span)
-                    logs.append(means)
+                states, logs = _advance(_update, args, states, *span)
             bar.update(stop - start)
             start = stop
             for seed, values in zip(seeds, logs, strict=True):
@@ -241,22 +255,48 @@ def train(
     return Trained(agent, seeds, tuple(states), transitions, num_updates)
 
 
+def _advance(update, args, learners, start, stop, key):
+    """Updates `start` to `stop - 1` of a state for each seed, or of one that holds those of all;
+    returns the new states and the means of their logs."""
+    agent, feed, batch_size, seeds = args
+    together = update is _update_all
+    count = jnp.asarray(stop - start)
+    learners, totals, running = list(learners), [None for _ in learners], None
+    for last, data, origins in feed.pieces(start, stop):
+        for i, state in enumerate(learners):
+            seed = jnp.asarray(seeds if together else seeds[i])
+            origin = None
+            if origins is not None:
+                origin = jnp.asarray(origins if together else origins[i])
+            args = (agent, data, batch_size, seed, origin)
+            if totals[i] is None:
+                totals[i] = no_logs(update, args, state, key)
+            span = (jnp.asarray(start), jnp.asarray(last), key)
+            learners[i], totals[i] = add_chunk(update, args, state, totals[i], *span)
+        start = last
+        # One piece is learned from while the next is fetched; more of them would fill the memory.
+        jax.block_until_ready(running)
+        running = list(totals)
+    means = [{name: np.asarray(total / count) for name, total in logs.items()} for logs in totals]
+    return learners, means
+
+
 def _update(args, state, key, step):
-    del step
-    agent, data, batch_size, seed = args
-    row_key, update_key = jr.split(jr.fold_in(key, seed))
-    rows = jr.randint(row_key, (batch_size,), 0, len(data))
+    agent, data, batch_size, seed, origin = args
+    rows, update_key = draw_rows(key, seed, batch_size, len(data))
+    if origin is not None:  # the batches of several updates, one after another
+        rows = (origin + step) * batch_size + jnp.arange(batch_size)
     batch = jax.tree.map(lambda column: column[rows], data)
     return agent.update(state, batch, key=update_key)
 
 
 def _update_all(args, states, key, step):
-    agent, data, batch_size, seeds = args
+    agent, data, batch_size, seeds, origins = args
 
-    def one(state, seed):
-        return _update((agent, data, batch_size, seed), state, key, step)
+    def one(state, seed, origin):
+        return _update((agent, data, batch_size, seed, origin), state, key, step)
 
-    return eqx.filter_vmap(one)(states, seeds)
+    return eqx.filter_vmap(one)(states, seeds, origins)
 
 
 def _when_to_settle(num_updates: int) -> set[int]:
@@ -291,7 +331,11 @@ def _check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
     if not isinstance(flow, BehaviourFlow):
         return
     low, high = flow.bounds
-    least, most = float(np.min(transitions.actions)), float(np.max(transitions.actions))
+    record = stored_record(transitions)
+    if record is not None:
+        least, most = record["actions"]
+    else:
+        least, most = float(np.min(transitions.actions)), float(np.max(transitions.actions))
     if least < low - 1e-3 or most > high + 1e-3:
         raise ValueError(
             f"`transitions.actions` must lie within the agent's bounds {flow.bounds}, but they "
@@ -305,12 +349,9 @@ def _describe(
     agent: AbstractAgent, transitions: Transitions, seeds: tuple[int, ...], batch_size: int
 ) -> dict[str, str]:
     """What has to be the same for a run to go on."""
-    checksum = 0
-    for leaf in jax.tree.leaves(transitions):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
     return {
         "agent": eqx.tree_pformat(agent, short_arrays=False),
-        "transitions": f"{len(transitions)} rows, checksum {checksum:08x}",
+        "transitions": f"{len(transitions)} rows, checksum {checksum(transitions)}",
         "seeds": str(list(seeds)),
         "batch_size": str(batch_size),
     }
