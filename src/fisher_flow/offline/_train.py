@@ -261,7 +261,8 @@ def _advance(update, args, learners, start, stop, key):
     agent, feed, batch_size, seeds = args
     together = update is _update_all
     count = jnp.asarray(stop - start)
-    learners, totals, running = list(learners), [None for _ in learners], None
+    learners, running = list(learners), None
+    totals: list[Any] = [None for _ in learners]
     for last, data, origins in feed.pieces(start, stop):
         for i, state in enumerate(learners):
             seed = jnp.asarray(seeds if together else seeds[i])
