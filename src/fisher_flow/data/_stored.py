@@ -174,7 +174,7 @@ def checksum(transitions: Transitions) -> str:
         return record["checksum"]
     value = 0
     for leaf in jax.tree.leaves(transitions):
-        value = zlib.crc32(np.ascontiguousarray(leaf), value)
+        value = zlib.crc32(np.ascontiguousarray(leaf).data, value)
     return f"{value:08x}"
 
 

@@ -87,7 +87,8 @@ class Streamed:
         self._options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
         self._places = np.arange(len(seeds)) * self._length
         self._reader: Any = None
-        self._number, self._data = -1, None
+        self._number = -1
+        self._data: Any = None
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
         while start < stop:

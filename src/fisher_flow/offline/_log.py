@@ -97,16 +97,8 @@ class WeightsAndBiases:
     Needs wandb, `pip install wandb`, and an account, unless `mode="offline"`: the runs are then
     kept in a folder `wandb`, which `wandb sync` uploads.
 
-    !!! example
-
-        ```python
-        import fisher_flow
-
-        logger = fisher_flow.WeightsAndBiases(
-            "one-step", project="pendulum", config={"radius": 0.5}, mode="offline"
-        )
-        # fisher_flow.train(agent, transitions, 100_000, folder="one-step", loggers=[logger])
-        ```
+    `fisher_flow.train(agent, transitions, 100_000, folder="one-step",
+    loggers=[fisher_flow.WeightsAndBiases("one-step", project="pendulum")])` is all it takes.
     """
 
     def __init__(
@@ -142,7 +134,7 @@ class WeightsAndBiases:
                 f"`{name!r}`. Write `name={allowed or 'first'!r}`."
             )
         try:
-            import wandb
+            import wandb  # pyright: ignore
         except ImportError as error:
             raise ImportError(
                 "`WeightsAndBiases` needs wandb, which is not installed. Write "
