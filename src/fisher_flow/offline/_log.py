@@ -91,8 +91,8 @@ class WeightsAndBiases:
     """A logger for [`fisher_flow.train`][] that writes to Weights & Biases, a run a seed.
 
     The runs of one training form the group `name`. Made again with the same name they go on where
-    they were, as the training itself does from its `folder`; rows that were written before the
-    training was stopped, and are made again, are not written twice.
+    they were, as the training itself does from its `folder`; online, rows that were written before
+    the training was stopped, and are made again, are not written twice.
 
     Needs wandb, `pip install wandb`, and an account, unless `mode="offline"`: the runs are then
     kept in a folder `wandb`, which `wandb sync` uploads.
