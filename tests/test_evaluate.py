@@ -1,5 +1,7 @@
 import copy
 import functools
+import sys
+import weakref
 
 import gymnasium
 import jax
@@ -206,8 +208,58 @@ def test_a_video_with_fewer_frames(tmp_path):
 def test_a_video_of_what_renders_no_frames(tmp_path):
     with pytest.raises(ValueError, match=r"`env` must .* `render_mode=None`.*\"rgb_array\"\)`"):
         ff.record_video(Noisy(), Walk(), tmp_path / "episode.gif")
-    with pytest.raises(ValueError, match=r"`path` must .*episode.mp4`.*episode.gif\"`"):
-        ff.record_video(Noisy(), Walk("rgb_array"), tmp_path / "episode.mp4")
+    with pytest.raises(ValueError, match=r"`path` must .*episode.avi`.*episode.gif\"`"):
+        ff.record_video(Noisy(), Walk("rgb_array"), tmp_path / "episode.avi")
+
+
+class Coloured(Walk):
+    """Of an odd size, and of a shade that tells the step."""
+
+    def render(self):
+        self.drawn = getattr(self, "drawn", -1) + 1
+        return np.full((33, 47, 3), 20 * self.drawn, np.uint8)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_mp4_has_the_frames_the_rate_and_the_size_of_the_episode(tmp_path, every):
+    av = pytest.importorskip("av")
+    seed = next(seed for seed in range(10) if by_hand(Noisy(), seed)[1] > 4)
+    path = tmp_path / "episode.mp4"
+    episode = ff.record_video(
+        Noisy(), Coloured("rgb_array"), path, seed=seed, every=every, max_steps=4
+    )
+    same = ff.record_video(Noisy(), Walk("rgb_array"), tmp_path / "a.gif", seed=seed, max_steps=4)
+    assert np.array_equal(episode.returns, same.returns)
+    with av.open(str(path)) as file:
+        (stream,) = file.streams
+        assert stream.average_rate == 20 / every  # the environment has 20 frames a second
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
+    assert len(frames) == 1 + 4 // every
+    for i, frame in enumerate(frames):
+        assert frame.shape == (34, 48, 3)  # even
+        assert abs(frame.mean() - 20 * i) < 5
+
+
+def test_the_frames_of_an_mp4_are_written_as_they_come(tmp_path):
+    pytest.importorskip("av")
+
+    class Endless(Coloured):
+        alive = []
+
+        def render(self):
+            frame = np.zeros((33, 47, 3), np.uint8)
+            self.alive.append(weakref.ref(frame))
+            return frame
+
+    ff.record_video(Noisy(), Endless("rgb_array"), tmp_path / "a.mp4", max_steps=20)
+    assert sum(frame() is not None for frame in Endless.alive) <= 1
+
+
+@pytest.mark.parametrize("library, suffix", [("av", ".mp4"), ("PIL", ".gif")])
+def test_a_video_without_what_writes_it(tmp_path, monkeypatch, library, suffix):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=r'`pip install "fisher_flow\[video\]"`'):
+        ff.record_video(Noisy(), Walk("rgb_array"), tmp_path / f"episode{suffix}")
 
 
 class Ending(gymnasium.Env):

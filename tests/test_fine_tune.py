@@ -148,7 +148,7 @@ def test_shares_of_a_batch(share):
     buffer = ReplayBuffer.empty(offline, 1000).write(numbered(100, 110))
     sampling = BalancedSampling(offline, buffer, share)
     keys = jr.split(jr.key(0), 300)
-    drawn = np.asarray(jax.vmap(lambda key: sampling.draw(10, key=key).rewards)(keys))
+    drawn = np.asarray(jax.vmap(lambda key: sampling.draw(10, 0, 0, key=key).rewards)(keys))
     online = np.isin(drawn, np.arange(100, 110))
     assert np.all(online | np.isin(drawn, np.arange(1, 31)))  # no row that was never written
     if share is None:

@@ -119,5 +119,8 @@ def test_importing_the_library_is_light():
         "ogbench",
         "minari",
         "tyro",
+        "grain",
+        "wandb",
+        "av",
     }
     assert heavy.isdisjoint(loaded)

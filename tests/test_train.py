@@ -4,6 +4,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+import types
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -28,6 +31,25 @@ def transitions(num=60, seed=0):
     a = rng.uniform(-1, 1, (num, 1)).astype(np.float32)
     r = rng.normal(size=num).astype(np.float32)
     return ff.Transitions(o, a, r, np.ones(num, np.float32), o[::-1].copy(), a[::-1].copy())
+
+
+class Averaging(ff.AbstractAgent):
+    """Compiles in no time, and remembers every row, in their order, and every key."""
+
+    def init(self, example, *, key):
+        return jr.normal(key, example.observations.shape[1:], jnp.float32)
+
+    def update(self, state, batch, *, key):
+        weights = jnp.arange(1.0, 1 + len(batch), dtype=jnp.float32)
+        seen = weights @ (batch.observations + batch.actions + batch.next_observations)
+        state = jnp.sin(3 * state + seen) + jr.uniform(key, (), jnp.float32)
+        return state, {"loss": jnp.mean(state) + jnp.mean(batch.rewards)}
+
+    def policy(self, state, observations, *, key):
+        return ff.FlowPolicy(lambda t, x, observation: state[:1] * x, action_shape=(1,))
+
+
+averaging: Any = Averaging()
 
 
 def train(*args, **options):
@@ -254,6 +276,112 @@ def test_tensorboard(tmp_path):
     train(agent, transitions(), 20, loggers=[logger])
     (file,) = (tmp_path / "seed_0").iterdir()
     assert b"critic_loss" in file.read_bytes()
+
+
+def test_loggers_are_closed_however_the_training_ends():
+    class Logger:
+        def __init__(self, fails):
+            self.fails, self.seen = fails, []
+
+        def __call__(self, seed, updates, values):
+            self.seen.append(updates)
+            if self.fails:
+                raise KeyboardInterrupt
+
+        def close(self):
+            self.seen.append("closed")
+
+    kept, failing = Logger(False), Logger(True)
+    train(averaging, transitions(), 2, checkpoint_every=2, loggers=[kept, lambda *row: None])
+    assert kept.seen == [2, "closed"]
+    with pytest.raises(KeyboardInterrupt):
+        train(averaging, transitions(), 2, checkpoint_every=2, loggers=[kept, failing])
+    assert kept.seen == [2, "closed", 2, "closed"] and failing.seen == [2, "closed"]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package, as far as it is documented: the runs by their ids, on a server
+    that takes no row for a step before the last."""
+    runs = {}
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.rows, self.step, self.open = options, {}, 0, True
+
+        def log(self, values, step):
+            assert self.open and step >= self.step
+            self.step = step
+            self.rows.setdefault(step, {}).update(values)
+
+        def finish(self):
+            self.open = False
+
+    def init(*, id, resume, reinit, **options):
+        assert resume == "allow" and reinit == "create_new"
+        run = runs.setdefault(id, Run(**options))
+        run.open, run.step = True, max(run.rows, default=-1) + 1
+        return run
+
+    module: Any = types.ModuleType("wandb")
+    module.init, module.runs = init, runs
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_weights_and_biases(wandb, tmp_path):
+    def logger():
+        return ff.WeightsAndBiases("first", project="tests", config={"radius": 1}, tags=["a"])
+
+    options: Any = dict(seeds=[0, 4], folder=tmp_path, evaluate=lambda *_: {"score": 1.0})
+    options |= dict(checkpoint_every=10, log_every=5, evaluate_every=10)
+
+    def stop(seed, updates, values):
+        if updates == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(averaging, transitions(), 20, loggers=[logger(), stop], **options)
+    assert not any(run.open for run in wandb.runs.values())
+    train(averaging, transitions(), 30, loggers=[logger()], **options)
+    assert sorted(wandb.runs) == ["first-0", "first-4"]  # which went on
+    for seed in (0, 4):
+        run = wandb.runs[f"first-{seed}"]
+        assert not run.open
+        assert run.options["config"] == {"radius": 1, "seed": seed}
+        assert run.options["group"] == "first" and run.options["project"] == "tests"
+        assert run.options["name"] == f"first-{seed}" and run.options["tags"] == ["a"]
+        assert run.options["mode"] is None
+        written = {updates: row for updates, row in run.rows.items() if "loss" in row}
+        expected = [row for row in rows_of(tmp_path / "train.csv") if row["seed"] == str(seed)]
+        assert [int(row["updates"]) for row in expected] == list(written)
+        for row in expected:
+            assert np.isclose(written[int(row["updates"])]["loss"], float(row["loss"]))
+        assert [updates for updates, row in run.rows.items() if "score" in row] == [10, 20, 30]
+
+
+def test_messages_of_weights_and_biases(wandb, monkeypatch):
+    with pytest.raises(ValueError, match="`name` must be of .*`name='a-b'`"):
+        ff.WeightsAndBiases("a/b", project="tests")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r'`pip install "fisher_flow\[wandb\]"`'):
+        ff.WeightsAndBiases("a", project="tests")
+
+
+def test_weights_and_biases_itself(tmp_path, monkeypatch):
+    """With no network. It is not among what the tests need, being large."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = ff.WeightsAndBiases("real", project="tests", mode="offline", dir=str(tmp_path))
+    train(averaging, transitions(), 20, seeds=[0, 4], loggers=[logger])
+    files = sorted(path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert files == ["run-real-0.wandb", "run-real-4.wandb"]
+    for path in tmp_path.glob("wandb/offline-run-*/*.wandb"):
+        for _ in range(100):  # a process of its own writes it
+            if b"loss" in path.read_bytes():
+                break
+            time.sleep(0.05)
+        assert b"loss" in path.read_bytes()
 
 
 def test_normalised_policy(getkey):

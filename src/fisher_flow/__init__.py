@@ -6,7 +6,9 @@ from .data import (
     load_minari as load_minari,
     load_ogbench as load_ogbench,
     Normaliser as Normaliser,
+    open_transitions as open_transitions,
     RandomCrop as RandomCrop,
+    save_transitions as save_transitions,
     Transitions as Transitions,
 )
 from .encoders import AbstractEncoder as AbstractEncoder, ImpalaEncoder as ImpalaEncoder
@@ -78,6 +80,7 @@ from .offline import (
     TensorBoard as TensorBoard,
     train as train,
     Trained as Trained,
+    WeightsAndBiases as WeightsAndBiases,
 )
 from .refinement import (
     absorb as absorb,

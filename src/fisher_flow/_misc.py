@@ -103,7 +103,7 @@ def check_equal_lengths(**batches: PyTree[Any]) -> int:
     return next(iter(lengths.values()))
 
 
-def check_batch_of_actions(actions: Array, action_shape: tuple[int, ...]) -> None:
+def check_batch_of_actions(actions: Any, action_shape: tuple[int, ...]) -> None:
     """Refuses a batch of actions that are not of the shape that the policy draws."""
     if actions.shape[1:] == action_shape:
         return

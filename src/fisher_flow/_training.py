@@ -50,6 +50,23 @@ def train(
 @eqx.filter_jit
 def run_chunk(update: Update, args: Any, state: Any, start: Array, stop: Array, key: PRNGKeyArray):
     """Updates number `start` to `stop - 1`, in one program; the state, and the mean of the logs."""
+    totals = no_logs(update, args, state, key)
+    state, totals = add_chunk(update, args, state, totals, start, stop, key)
+    count = stop - start
+    return state, jax.tree.map(lambda total: total / count, totals)
+
+
+@eqx.filter_jit
+def add_chunk(
+    update: Update,
+    args: Any,
+    state: Any,
+    totals: dict[str, Array],
+    start: Array,
+    stop: Array,
+    key: PRNGKeyArray,
+):
+    """As `run_chunk`, but adds the logs to `totals`, for a chunk whose data come in pieces."""
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def step(i, carry):
@@ -57,11 +74,15 @@ def run_chunk(update: Update, args: Any, state: Any, start: Array, stop: Array, 
         state, logs = update(args, eqx.combine(arrays, static), jr.fold_in(key, i), i)
         return eqx.filter(state, eqx.is_array), jax.tree.map(jnp.add, totals, logs)
 
-    _, logs = eqx.filter_eval_shape(update, args, state, key, start)
-    totals = jax.tree.map(lambda log: jnp.zeros(log.shape, log.dtype), logs)
     arrays, totals = lax.fori_loop(start, stop, step, (arrays, totals))
-    count = stop - start
-    return eqx.combine(arrays, static), jax.tree.map(lambda total: total / count, totals)
+    return eqx.combine(arrays, static), totals
+
+
+@eqx.filter_jit  # so as to trace the update once
+def no_logs(update: Update, args: Any, state: Any, key: PRNGKeyArray) -> dict[str, Array]:
+    """The zeros that logs are added to."""
+    _, logs = eqx.filter_eval_shape(update, args, state, key, jnp.asarray(0))
+    return jax.tree.map(lambda log: jnp.zeros(log.shape, log.dtype), logs)
 
 
 def decaying_adam(learning_rate: ScalarLike, num_updates: int) -> optax.GradientTransformation:

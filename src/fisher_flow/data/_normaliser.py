@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,9 @@ from jaxtyping import Array, Float, PyTree
 from .._custom_types import Observation
 from .._misc import check_instance
 from ._transitions import Transitions
+
+
+_PART_SIZE = 2**22  # numbers that are worked on at once, 32 MB of them in double precision
 
 
 class Normaliser(eqx.Module):
@@ -38,7 +43,8 @@ class Normaliser(eqx.Module):
     def of(transitions: Transitions) -> "Normaliser":
         """The normaliser of the observations of some transitions.
 
-        An entry that never varies is shifted and not scaled.
+        An entry that never varies is shifted and not scaled. The columns are read once, in parts,
+        so that those of [`fisher_flow.open_transitions`][] may be larger than memory.
 
         **Arguments:**
 
@@ -55,16 +61,11 @@ class Normaliser(eqx.Module):
                     "without a normaliser."
                 )
 
-        def mean(leaf):
-            value = np.mean(np.asarray(leaf), axis=0, dtype=np.float64)
-            return jnp.asarray(value.astype(leaf.dtype))
-
-        def deviation(leaf):
-            value = np.std(np.asarray(leaf), axis=0, dtype=np.float64)
-            return jnp.asarray(np.where(value > 1e-6, value, 1).astype(leaf.dtype))
-
-        observations = transitions.observations
-        return Normaliser(jax.tree.map(mean, observations), jax.tree.map(deviation, observations))
+        leaves, structure = jax.tree.flatten(transitions.observations)
+        means, deviations = zip(*map(_mean_and_deviation, leaves), strict=True)
+        return Normaliser(
+            jax.tree.unflatten(structure, means), jax.tree.unflatten(structure, deviations)
+        )
 
     def __call__(self, observation: Observation) -> Observation:
         """One observation, or a batch of them, shifted and scaled, in the dtype of the mean."""
@@ -76,7 +77,11 @@ class Normaliser(eqx.Module):
         return jax.tree.map(apply, observation, self.mean, self.deviation)
 
     def transitions(self, transitions: Transitions) -> Transitions:
-        """The transitions, with their observations and next observations shifted and scaled."""
+        """The transitions, with their observations and next observations shifted and scaled.
+
+        These are new columns, in memory. What does not fit is normalised part by part:
+        `save_transitions(folder, (normaliser.transitions(part) for part in parts))`.
+        """
 
         def apply(leaf, μ, σ):  # in NumPy if the column is
             μ, σ = (np.broadcast_to(np.asarray(x), leaf.shape) for x in (μ, σ))
@@ -89,3 +94,20 @@ class Normaliser(eqx.Module):
         return eqx.tree_at(
             lambda t: (t.observations, t.next_observations), transitions, (o, next_o)
         )
+
+
+def _mean_and_deviation(leaf: Any) -> tuple[Array, Array]:
+    """Over the rows, in double precision and in parts, which are merged as they come."""
+    column = np.asarray(leaf)
+    rows = max(1, _PART_SIZE // max(1, column[:1].size))
+    count, mean, square = 0, np.zeros(column.shape[1:]), np.zeros(column.shape[1:])
+    for start in range(0, len(column), rows):
+        part = column[start : start + rows].astype(np.float64)
+        shift = part.mean(0) - mean
+        total = count + len(part)
+        square += part.var(0) * len(part) + shift**2 * count * len(part) / total
+        mean += shift * len(part) / total
+        count = total
+    deviation = np.sqrt(square / count)
+    deviation = np.where(deviation > 1e-6, deviation, 1)
+    return jnp.asarray(mean.astype(column.dtype)), jnp.asarray(deviation.astype(column.dtype))

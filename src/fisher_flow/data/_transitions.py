@@ -14,7 +14,8 @@ class Transitions(eqx.Module):
     r"""Logged transitions $(o, a, r, m, o', a')$, row by row in the order in which they happened.
 
     Every column has a leading axis of the same length, the rows. A column may lie in NumPy or on
-    the device; [`fisher_flow.train`][] moves it there once.
+    the device; [`fisher_flow.train`][] moves it there once. It may lie on disk, too, if it does not
+    fit in memory: [`fisher_flow.open_transitions`][].
 
     !!! example
 
@@ -129,6 +130,11 @@ class Transitions(eqx.Module):
         A row whose successor is not the next of those chosen is the last of its trajectory.
         """
         chosen = jax.tree.map(lambda column: column[rows], self)
+        if isinstance(rows, slice):  # in time and memory that do not grow with what is left out
+            ends = np.array(chosen.ends)
+            ends[-1:] = True
+            ends |= rows.step not in (None, 1)
+            return eqx.tree_at(lambda t: t.ends, chosen, ends)
         index = np.arange(len(self))[rows]
         if index.ndim == 0:  # a single transition
             return chosen

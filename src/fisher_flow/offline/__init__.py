@@ -4,7 +4,7 @@ from ._fine_tune import fine_tune as fine_tune
 from ._fisher_decorator import FisherDecorator as FisherDecorator
 from ._flow_q_learning import FlowQLearning as FlowQLearning
 from ._implicit_q_learning import ImplicitQLearning as ImplicitQLearning
-from ._log import TensorBoard as TensorBoard
+from ._log import TensorBoard as TensorBoard, WeightsAndBiases as WeightsAndBiases
 from ._normalised_policy import NormalisedPolicy as NormalisedPolicy
 from ._one_step import OneStep as OneStep
 from ._published import (

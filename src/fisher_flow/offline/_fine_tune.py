@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from jaxtyping import Array, Int, PyTree
 from .._misc import check_at_least, check_instance, check_positive_integer, short
 from .._training import run_chunk
 from ..data import Normaliser, Transitions
+from ..data._stored import checksum
 from ..evaluation import collect
 from ._agent import AbstractAgent
 from ._checkpoints import Checkpoints
@@ -23,7 +25,6 @@ from ._train import (
     Augment,
     check_augment,
     check_bounds,
-    checksum,
     describe,
     Evaluate,
     finite_numbers,
@@ -144,7 +145,8 @@ def fine_tune(
     - `checkpoint_every`: the number of updates after which the next round ends with a checkpoint;
         by default a tenth of all.
     - `max_steps`: the number of steps after which an episode that has not ended raises.
-    - `loggers`: called as `logger(seed, updates, values)` with every row of either file.
+    - `loggers`: called as `logger(seed, updates, values)` with every row of either file, and
+        closed at the end, as in `train`.
     - `progress`: whether to show a progress bar.
 
     **Returns:**
@@ -300,9 +302,9 @@ def fine_tune(
     name = f"{type(agent).__name__} online"
     made = [int(run.num_updates) for run in runs]
     done = sum(made) - len(seeds) * first
-    with tqdm(
-        total=len(seeds) * (last - first), initial=done, desc=name, disable=not progress
-    ) as bar:
+    total = len(seeds) * (last - first)
+    bar = tqdm(total=total, initial=done, desc=name, disable=not progress)
+    with bar, contextlib.closing(log):
         while (slowest := min(made)) < last:
             for i, seed in enumerate(seeds):
                 if made[i] < last:

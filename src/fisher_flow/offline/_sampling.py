@@ -1,5 +1,7 @@
 """Where the rows of a batch come from."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,39 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from ..data import Transitions
 
 
+def keys_of_update(key: PRNGKeyArray, seed: Any) -> PRNGKeyArray:
+    """Keys for the rows of the batch of an update, for the update itself and for what is done to
+    the batch in between, of the training with a seed, by the key of the update."""
+    return jr.split(jr.fold_in(key, seed), 3)
+
+
+def uniform_rows(key: PRNGKeyArray, num: int, length: int) -> Int[Array, " num"]:
+    """Rows, drawn with replacement. Wherever the data lie, they are the same."""
+    return jr.randint(key, (num,), 0, length)
+
+
 class UniformSampling(eqx.Module):
     """Rows of transitions, drawn with replacement."""
 
     transitions: Transitions
 
-    def draw(self, num: int, *, key: PRNGKeyArray) -> Transitions:
-        rows = jr.randint(key, (num,), 0, len(self.transitions))
-        return _take(self.transitions, rows)
+    def draw(self, num: int, seed: Any, step: Any, *, key: PRNGKeyArray) -> Transitions:
+        del seed, step
+        return _take(self.transitions, uniform_rows(key, num, len(self.transitions)))
+
+
+class BlockSampling(eqx.Module):
+    """Batches that have been drawn already: those of several updates, one after another, and of
+    several seeds. That of a seed for update `step` is number `origin + step`."""
+
+    batches: Transitions
+    seeds: Int[Array, " seeds"]
+    origins: Int[Array, " seeds"]
+
+    def draw(self, num: int, seed: Any, step: Any, *, key: PRNGKeyArray) -> Transitions:
+        del key
+        number = self.origins[jnp.argmax(self.seeds == seed)] + step
+        return _take(self.batches, number * num + jnp.arange(num))
 
 
 class ReplayBuffer(eqx.Module):
@@ -81,7 +108,8 @@ class BalancedSampling(eqx.Module):
     buffer: ReplayBuffer
     online_share: float | None = eqx.field(static=True)
 
-    def draw(self, num: int, *, key: PRNGKeyArray) -> Transitions:
+    def draw(self, num: int, seed: Any, step: Any, *, key: PRNGKeyArray) -> Transitions:
+        del seed, step
         num_offline = len(self.transitions)
         if self.online_share is None:
             rows = jr.randint(key, (num,), 0, num_offline + self.buffer.size)

@@ -1,6 +1,6 @@
+import contextlib
 import dataclasses
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +11,15 @@ import jax.random as jr
 import numpy as np
 
 from .._misc import check_instance, check_positive_integer
-from .._training import run_chunk
+from .._training import add_chunk, no_logs
 from ..data import Transitions
+from ..data._stored import checksum, stored_record
 from ..flows import AbstractPolicy
 from ._agent import AbstractAgent, BehaviourFlow
 from ._checkpoints import Checkpoints
+from ._feed import Resident, Streamed
 from ._log import Log, Logger
-from ._sampling import UniformSampling
+from ._sampling import keys_of_update
 
 
 # called as evaluate(policy, seed), returns names and numbers
@@ -73,7 +75,9 @@ def make_policy(
 
 
 def some_observations(transitions: Transitions, seed: int) -> Any:
-    rows = np.random.default_rng(seed).permutation(len(transitions))[:10_000]
+    # Not by a permutation, which would take memory for every row there is.
+    num = min(len(transitions), 10_000)
+    rows = np.random.default_rng(seed).choice(len(transitions), num, replace=False)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), transitions.observations)
 
 
@@ -92,11 +96,13 @@ def train(
     log_every: int = 1000,
     loggers: Sequence[Logger] = (),
     vectorise: bool | None = None,
+    stream: bool | None = None,
     progress: bool = True,
 ) -> Trained:
     """Trains an agent on logged transitions.
 
-    The data lie on the device, and chunks of updates run there. With a `folder`, a run that was
+    The data lie on the device, and chunks of updates run there; or they stay on disk, and the
+    batches are read ahead of the updates, with the same results. With a `folder`, a run that was
     stopped, at whatever moment, goes on from its last checkpoint when the same call is made again,
     and ends with the same numbers as if it had not been stopped.
 
@@ -123,7 +129,7 @@ def train(
     **Arguments:**
 
     - `agent`: what to train, for example [`fisher_flow.OneStep`][].
-    - `transitions`: the data. All of it is moved to the device.
+    - `transitions`: the data, in memory or as [`fisher_flow.open_transitions`][] opens them.
     - `num_updates`: the number of updates, those of an earlier run in `folder` included.
 
     **Other arguments:**
@@ -141,9 +147,14 @@ def train(
     - `checkpoint_every`: the number of updates between checkpoints; by default a tenth of all.
     - `log_every`: the number of updates between rows of the log.
     - `loggers`: called as `logger(seed, updates, values)` with every row of either file, for
-        example [`fisher_flow.TensorBoard`][].
+        example [`fisher_flow.TensorBoard`][] or [`fisher_flow.WeightsAndBiases`][]. One that has a
+        `close()` is closed when the training ends, in whichever way.
     - `vectorise`: whether all seeds are trained at once, by `vmap`: faster on accelerators, but
         not on CPUs, where by default they take turns.
+    - `stream`: whether the data are left where they are, and each batch is read from there a few
+        updates before its turn; else all of them are moved to the device. By default those are
+        left that lie on disk. The rows drawn are the same, and on a CPU so is every bit of the
+        result. Needs Grain: `pip install grain`.
     - `progress`: whether to show a progress bar.
 
     **Returns:**
@@ -180,10 +191,16 @@ def train(
     check_bounds(agent, transitions)
     if vectorise is None:
         vectorise = len(seeds) > 1 and jax.default_backend() != "cpu"
+    if stream is None:
+        stream = any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(transitions))
 
-    data = jax.tree.map(jnp.asarray, transitions)
-    sampling = UniformSampling(data)
-    states = [agent.init(data[:1], key=jr.fold_in(jr.key(0), seed)) for seed in seeds]
+    key = jr.key(1)
+    if stream:
+        feed = Streamed(transitions, key, seeds, batch_size, num_updates)
+    else:
+        feed = Resident(transitions)
+    example = jax.tree.map(jnp.asarray, transitions[:1])
+    states = [agent.init(example, key=jr.fold_in(jr.key(0), seed)) for seed in seeds]
     start = 0
     log = Log(folder, loggers)
     checkpoints = None
@@ -211,26 +228,22 @@ def train(
     from tqdm.auto import tqdm  # only here: it is slow to import
 
     name = type(agent).__name__
-    with tqdm(total=num_updates, initial=start, desc=name, disable=not progress) as bar:
+    bar = tqdm(total=num_updates, initial=start, desc=name, disable=not progress)
+    with bar, contextlib.closing(feed), contextlib.closing(log):
         for stop in sorted(stop for stop in stops if stop > start):
             if start in settled:
                 states = [
                     settle(agent, state, observations, seed, start)
                     for state, seed in zip(states, seeds, strict=True)
                 ]
-            span = (jnp.asarray(start), jnp.asarray(stop), jr.key(1))
+            args = (settings, feed, augment, batch_size, seeds)
+            span = (start, stop, key)
             if vectorise:
-                args = (settings, sampling, augment, batch_size, jnp.asarray(seeds))
-                stacked, means = run_chunk(_update_all, args, _stack(states), *span)
-                means = jax.tree.map(np.asarray, means)
+                (stacked,), (means,) = _advance(_update_all, args, [_stack(states)], *span)
                 states = [_entry(stacked, i) for i in range(len(seeds))]
                 logs = [_entry(means, i) for i in range(len(seeds))]
             else:
-                logs = []
-                for i, seed in enumerate(seeds):
-                    args = (settings, sampling, augment, batch_size, jnp.asarray(seed))
-                    states[i], means = run_chunk(update, args, states[i], *span)
-                    logs.append(means)
+                states, logs = _advance(update, args, states, *span)
             bar.update(stop - start)
             start = stop
             for seed, values in zip(seeds, logs, strict=True):
@@ -248,15 +261,35 @@ def train(
     return Trained(agent, seeds, tuple(states), transitions, num_updates)
 
 
+def _advance(update, args, learners, start, stop, key):
+    """Updates `start` to `stop - 1` of a state for each seed, or of one that holds those of all;
+    returns the new states and the means of their logs."""
+    agent, feed, augment, batch_size, seeds = args
+    seeds = [jnp.asarray(seeds)] if update is _update_all else [jnp.asarray(x) for x in seeds]
+    count = jnp.asarray(stop - start)
+    learners, running = list(learners), None
+    totals: list[Any] = [None for _ in learners]
+    for last, sampling in feed.pieces(start, stop):
+        for i, (state, seed) in enumerate(zip(learners, seeds, strict=True)):
+            args = (agent, sampling, augment, batch_size, seed)
+            if totals[i] is None:
+                totals[i] = no_logs(update, args, state, key)
+            span = (jnp.asarray(start), jnp.asarray(last), key)
+            learners[i], totals[i] = add_chunk(update, args, state, totals[i], *span)
+        start = last
+        # One piece is learned from while the next is fetched; more of them would fill the memory.
+        jax.block_until_ready(running)
+        running = list(totals)
+    means = [{name: np.asarray(total / count) for name, total in logs.items()} for logs in totals]
+    return learners, means
+
+
 def update(args, state, key, step):
-    del step
     agent, sampling, augment, batch_size, seed = args
-    key = jr.fold_in(key, seed)
-    row_key, update_key = jr.split(key)
-    batch = sampling.draw(batch_size, key=row_key)
+    row_key, update_key, augment_key = keys_of_update(key, seed)
+    batch = sampling.draw(batch_size, seed, step, key=row_key)
     if augment is not None:
-        # Folded in: 0 and 1 would give those two again.
-        batch = augment(batch, key=jr.fold_in(key, 2))
+        batch = augment(batch, key=augment_key)
     return agent.update(state, batch, key=update_key)
 
 
@@ -320,7 +353,11 @@ def check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
     if not isinstance(flow, BehaviourFlow):
         return
     low, high = flow.bounds
-    least, most = float(np.min(transitions.actions)), float(np.max(transitions.actions))
+    record = stored_record(transitions)
+    if record is not None:
+        least, most = record["actions"]
+    else:
+        least, most = float(np.min(transitions.actions)), float(np.max(transitions.actions))
     if least < low - 1e-3 or most > high + 1e-3:
         raise ValueError(
             f"`transitions.actions` must lie within the agent's bounds {flow.bounds}, but they "
@@ -345,10 +382,3 @@ def describe(
         "batch_size": str(batch_size),
         "augment": eqx.tree_pformat(augment, short_arrays=False),
     }
-
-
-def checksum(tree: Any) -> str:
-    total = 0
-    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array_like)):
-        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
-    return f"{total:08x}"
