@@ -12,10 +12,11 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from ..data import Transitions
 
 
-def keys_of_update(key: PRNGKeyArray, seed: Any) -> PRNGKeyArray:
+def keys_of_update(key: PRNGKeyArray, seed: Any) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
     """Keys for the rows of the batch of an update, for the update itself and for what is done to
     the batch in between, of the training with a seed, by the key of the update."""
-    return jr.split(jr.fold_in(key, seed), 3)
+    row_key, update_key, augment_key = jr.split(jr.fold_in(key, seed), 3)
+    return row_key, update_key, augment_key
 
 
 def uniform_rows(key: PRNGKeyArray, num: int, length: int) -> Int[Array, " num"]:
