@@ -108,7 +108,6 @@ def main(
             seeds=seeds,
             batch_size=64,
             augment=augment,
-            progress=False,
         )
         returns = [
             fisher_flow.evaluate(trained.policy(seed), envs, seed=1000 * (seed + 1)).mean()
