@@ -34,7 +34,9 @@ def critic(observation, action):
     return jnp.sin(1.5 * action[0] + observation[0]) + 0.7 * action[1] - 0.2 * jnp.sum(action**2)
 
 
-def main(out: Path = Path("plane"), num_updates: int = 20_000) -> None:
+def main(
+    out: Path = Path("plane"), num_updates: int = 20_000, num: int = 4096, resolution: int = 80
+) -> None:
     data_key, network_key, fit_key, refine_key, certify_key = jr.split(jr.key(0), 5)
     observations, actions = sample_data(50_000, key=data_key)
     velocity = fisher_flow.VelocityMLP(1, (2,), width_size=128, key=network_key)
@@ -42,7 +44,7 @@ def main(out: Path = Path("plane"), num_updates: int = 20_000) -> None:
     policy = fisher_flow.fit_flow(
         policy, observations, actions, num_updates=num_updates, key=fit_key
     )
-    training, held_out = observations[:4096], observations[4096:8192]
+    training, held_out = observations[:num], observations[num : 2 * num]
 
     step = fisher_flow.NaturalStep(radius=0.1)
     refined = fisher_flow.refine(policy, critic, step, observations=training, key=refine_key)
@@ -61,7 +63,7 @@ def main(out: Path = Path("plane"), num_updates: int = 20_000) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in (
-        ("plane", fisher_flow.plot_refinement(refined, jnp.array([0.2]))),
+        ("plane", fisher_flow.plot_refinement(refined, jnp.array([0.2]), resolution=resolution)),
         ("certificate", report.plot()),
         ("chain", chain.plot()),
     ):
@@ -74,4 +76,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--out", type=Path, default=Path("plane"), help="the folder to write to")
     parser.add_argument("--num-updates", type=int, default=20_000, help="of the flow")
+    parser.add_argument("--num", type=int, default=4096, help="of observations to measure at")
+    parser.add_argument("--resolution", type=int, default=80, help="of the densities")
     main(**vars(parser.parse_args()))

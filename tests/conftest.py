@@ -15,9 +15,12 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiling takes most of the time of the suite, and its arrays are small.
+# Compiling takes most of the time of the suite, and its arrays are small. The flags are read by the
+# first program, and by those that the tests start.
 jax.config.update("jax_disable_most_optimizations", True)
-os.environ["XLA_FLAGS"] = "--xla_llvm_disable_expensive_passes=true"  # read by the first program
+os.environ["XLA_FLAGS"] = (
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 
 class _GetKey:
