@@ -50,22 +50,11 @@ def main(
     refined = fisher_flow.refine(policy, critic, step, observations=training, key=refine_key)
     report = fisher_flow.certify(refined, critic, held_out, key=certify_key)
     print(report)
-    chain = fisher_flow.refine_chain(
-        policy,
-        critic,
-        fisher_flow.NaturalStep(radius=0.3),
-        num_steps=2,
-        observations=training,
-        held_out=held_out,
-        key=refine_key,
-    )
-    print(chain)
 
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in (
         ("plane", fisher_flow.plot_refinement(refined, jnp.array([0.2]), resolution=resolution)),
         ("certificate", report.plot()),
-        ("chain", chain.plot()),
     ):
         figure.savefig(out / f"{name}.png", dpi=100)
 

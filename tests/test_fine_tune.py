@@ -409,10 +409,66 @@ def test_online_it_learns_what_the_data_do_not_show():
     assert after > a.max() + 0.2  # than anything it was shown
 
 
+class Short(Walk):
+    """Most of whose episodes are too short for a chunk and the one after it."""
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed, options=options)
+        self.remaining = int(self.np_random.choice([1, 2, 8], p=[0.4, 0.4, 0.2]))
+        return observation, info
+
+    def step(self, action):
+        observation, reward, _, truncated, info = super().step(action)
+        return observation, reward, False, truncated, info
+
+
+def test_a_round_without_a_whole_chunk_is_played_all_the_same(tmp_path):
+    data = ff.Transitions.from_episodes(
+        [np.zeros((41, 2), np.float32)],
+        [np.zeros((40, 1), np.float32)],
+        [np.zeros(40, np.float32)],
+        [False],
+    )
+    chunked = lambda t: t.chunks(3, 0.9)
+    trained = train(transitions=chunked(data))
+    tuned = fine_tune(trained, make(1, Short), 60, prepare=chunked, folder=tmp_path)
+    assert tuned.num_updates == 3 + 60
+    rows = rows_of(tmp_path / "online.csv")
+    assert 0 < float(rows[-1]["buffer_size"]) < float(rows[-1]["steps"])
+    # Where there never is one, it says so.
+    with pytest.raises(ValueError, match="`horizon` must leave at least one chunk"):
+        fine_tune(trained, make(1, Short), 1, prepare=chunked)
+
+
+def test_data_on_disk_are_as_good(tmp_path):
+    ff.save_transitions(tmp_path / "data", logged())
+    stored = ff.open_transitions(tmp_path / "data")
+    tuned = [fine_tune(train(one_step, t), make(), 20) for t in (logged(), stored)]
+    assert same(tuned[0].states[0], tuned[1].states[0])
+
+
+def test_batches_are_augmented_as_before():
+    def shifted(batch, *, key):
+        noise = jr.normal(key, batch.observations.shape, batch.observations.dtype)
+        return eqx.tree_at(lambda t: t.observations, batch, batch.observations + noise)
+
+    plain = train(one_step)
+    augmented = dataclasses.replace(plain, augment=shifted)
+    tuned = [fine_tune(x, make(), 20) for x in (plain, augmented)]
+    assert tuned[1].augment is shifted
+    assert not same(tuned[0].states[0], tuned[1].states[0])
+
+
 def unlike():
     return gymnasium.wrappers.TransformObservation(
         Walk(), lambda o: o[:1], gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     )
+
+
+def logged_in_three():
+    t = logged()
+    o = np.concatenate([t.observations, t.observations[:, :1]], axis=1)
+    return dataclasses.replace(t, observations=o, next_observations=o)
 
 
 def rescaled(t):
@@ -432,6 +488,11 @@ class Endless(Walk):
         (lambda x: fine_tune(x, make(), 9, updates_per_step=0.01), "`updates_per_step=1.0`"),
         (lambda x: fine_tune(x, make(), 9, updates_per_step=-1), "`updates_per_step=1.0`"),
         (lambda x: fine_tune(x, make(), 9, online_share=1.5), "`1.5`.*`online_share=0.5`"),
+        (lambda x: fine_tune(x, make(), 9, online_share=True), "`True`.*`online_share=0.5`"),
+        (
+            lambda x: fine_tune(x, make(), 9, normaliser=ff.Normaliser.of(logged_in_three())),
+            r"`normaliser` must .*f32\[3\].*`normaliser=Normaliser.of\(transitions\)`",
+        ),
         (lambda x: fine_tune(x, make(), 9, prepare=rescaled), "`transitions.actions` .*bounds"),
         (lambda x: fine_tune(x, make(), 9, prepare=lambda t: None), "`prepare` must .*`None`"),
         (lambda x: fine_tune(x, make(env=unlike), 9), r"f32\[3,1\].* for f32\[60,2\].*`envs=gym"),

@@ -271,6 +271,24 @@ def test_messages(call, message):
         call()
 
 
+class Doubling:
+    def __call__(self, batch, *, key):
+        return eqx.tree_at(lambda t: t.rewards, batch, 2 * batch.rewards)
+
+
+def test_augmentations_are_known_by_name(tmp_path):
+    """Not by an address in memory, which is another in every process."""
+    train(averaging, transitions(), 2, folder=tmp_path, augment=Doubling())
+    train(averaging, transitions(), 4, folder=tmp_path, augment=Doubling())
+    with pytest.raises(ValueError, match="holds a run with other `augment`"):
+        train(averaging, transitions(), 6, folder=tmp_path, augment=lambda batch, *, key: batch)
+
+
+def test_an_augmentation_has_to_return_transitions():
+    with pytest.raises(ValueError, match=r"`augment` must .*`None`.*fisher_flow.RandomCrop\(\)"):
+        train(averaging, transitions(), 1, augment=lambda batch, *, key: None)
+
+
 def test_tensorboard(tmp_path):
     logger = ff.TensorBoard(tmp_path)
     train(agent, transitions(), 20, loggers=[logger])

@@ -10,6 +10,10 @@ from .._misc import check_at_least, check_equal_lengths, check_instance, check_p
 from ._columns import check_finite
 
 
+class TooShortError(ValueError):
+    """No trajectory is long enough for a chunk."""
+
+
 class Transitions(eqx.Module):
     r"""Logged transitions $(o, a, r, m, o', a')$, row by row in the order in which they happened.
 
@@ -267,7 +271,7 @@ class Transitions(eqx.Module):
         keep = (stop <= last) & (terminates | (stop + horizon - 1 <= reach))
         if not keep.any():
             longest = int(np.max(np.bincount(last)))
-            raise ValueError(
+            raise TooShortError(
                 "`horizon` must leave at least one chunk and the one after it in a trajectory, "
                 f"but got `{horizon}` for trajectories of at most {longest} rows. Write "
                 f"`horizon={max(1, longest // 2)}`."

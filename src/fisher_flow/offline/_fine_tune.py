@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TYPE_CHECKING
@@ -15,6 +16,7 @@ from .._misc import check_at_least, check_instance, check_positive_integer, shor
 from .._training import run_chunk
 from ..data import Normaliser, Transitions
 from ..data._stored import checksum
+from ..data._transitions import TooShortError
 from ..evaluation import collect
 from ._agent import AbstractAgent
 from ._checkpoints import Checkpoints
@@ -22,8 +24,6 @@ from ._log import Log, Logger
 from ._normalised_policy import NormalisedPolicy
 from ._sampling import BalancedSampling, ReplayBuffer
 from ._train import (
-    Augment,
-    check_augment,
     check_bounds,
     describe,
     Evaluate,
@@ -61,7 +61,6 @@ def fine_tune(
     updates_per_step: float = 1.0,
     online_share: float | None = 0.5,
     batch_size: int = 256,
-    augment: Augment | None = None,
     capacity: int | None = None,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
@@ -112,7 +111,8 @@ def fine_tune(
     **Arguments:**
 
     - `trained`: what [`fisher_flow.train`][] returned. Each of its seeds goes on by itself, with
-        episodes and a buffer of its own.
+        episodes and a buffer of its own. All the logged transitions are moved to the device, even
+        if they were streamed before; batches are augmented as they were.
     - `envs`: a Gymnasium vector environment, in any autoreset mode, of the task as the data have
         it. If their actions were rescaled, so must be those of the environments.
     - `num_steps`: the number of steps to play with each seed, those of an earlier run in `folder`
@@ -130,7 +130,6 @@ def fine_tune(
     - `online_share`: the share of each batch that comes from the buffer; `None` to draw from the
         union of buffer and logged transitions.
     - `batch_size`: the number of transitions in an update, drawn with replacement.
-    - `augment`: as of [`fisher_flow.train`][].
     - `capacity`: the number of rows of the buffer, on the device; by default `num_steps`. When it
         is full the oldest make way. Fixed in a `folder`: to go on with more steps later, give it.
     - `evaluate`: called as `evaluate(policy, seed)` for every seed, with the policy as `train`
@@ -138,12 +137,12 @@ def fine_tune(
     - `evaluate_every`: the number of updates between evaluations; by default once, at the end.
     - `folder`: where to write `online.csv`, `evaluations.csv` and checkpoints; another one than
         that of the training. Updates are counted on from those of the training. A row of
-        `online.csv` is a round: the statistics that the agent logs, averaged over its updates,
-        `return` (the mean undiscounted return of its episodes, in rewards as they come; should
-        rise), `steps` (the number of steps played so far), `buffer_size` (the number of rows in the
-        buffer) and `episode_seed` (`collect(policy, envs, seed=episode_seed)` plays them again).
+        `online.csv` is a round that made updates: the statistics that the agent logs, averaged
+        over them, `return` (the mean undiscounted return of its episodes, in rewards as they come;
+        should rise), `steps` (the number of steps played so far), `buffer_size` (the number of rows
+        in the buffer) and `episode_seed` (`collect(policy, envs, seed=episode_seed)` plays them again).
     - `checkpoint_every`: the number of updates after which the next round ends with a checkpoint;
-        by default a tenth of all.
+        by default a tenth of all. Each holds the buffers, and the last two are kept.
     - `max_steps`: the number of steps after which an episode that has not ended raises.
     - `loggers`: called as `logger(seed, updates, values)` with every row of either file, and
         closed at the end, as in `train`.
@@ -194,11 +193,17 @@ def fine_tune(
             f"`updates_per_step` must make at least one update of the {num_steps} steps, but got "
             f"`{updates_per_step}`. Write `updates_per_step=1.0`."
         )
-    check_augment(augment)
-    if online_share is not None and not 0 <= online_share <= 1:
+    if prepare is not None and not callable(prepare):
+        raise ValueError(
+            "`prepare` must be a function of transitions that returns transitions, but got "
+            f"`{short(prepare)}`. Write "
+            "`prepare=lambda t: dataclasses.replace(t, rewards=t.rewards / scale)`."
+        )
+    is_number = isinstance(online_share, numbers.Real) and not isinstance(online_share, bool)
+    if online_share is not None and not (is_number and 0 <= online_share <= 1):
         raise ValueError(
             "`online_share` must be a number from 0 to 1, or `None` for the union of both, but "
-            f"got `{online_share}`. Write `online_share=0.5`."
+            f"got `{online_share!r}`. Write `online_share=0.5`."
         )
     capacity = num_steps if capacity is None else capacity
     evaluate_every = last if evaluate_every is None else evaluate_every
@@ -213,7 +218,8 @@ def fine_tune(
         check_positive_integer(name, value, example)
 
     agent, transitions, seeds = trained.agent, trained.transitions, trained.seeds
-    _check_observations(envs.reset(seed=0)[0], transitions.observations)
+    augment = trained.augment
+    _check_observations(envs.reset(seed=0)[0], transitions.observations, normaliser)
     data = jax.tree.map(jnp.asarray, transitions)
     runs = [
         _Run(state, ReplayBuffer.empty(data, capacity), jnp.asarray(0), jnp.asarray(first))
@@ -257,7 +263,8 @@ def fine_tune(
             policy = NormalisedPolicy(policy, normaliser)
         # Other episodes for every seed and round, and for a run that goes on from this one.
         entropy = (seed % 2**32, first, int(run.num_steps))
-        episode_seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        (state,) = np.random.SeedSequence(entropy).generate_state(1)
+        episode_seed = int(state >> 1)  # of 31 bits, as some environments count with a sign
         return collect(policy, envs, seed=episode_seed, max_steps=max_steps), episode_seed
 
     def make_updates(run: _Run, seed: int, stop: int) -> tuple[_Run, dict[str, float]]:
@@ -282,14 +289,23 @@ def fine_tune(
     def make_round(run: _Run, seed: int) -> _Run:
         episodes = {"return": np.nan, "episode_seed": np.nan}
         due = first + round(updates_per_step * min(int(run.num_steps), num_steps))
-        if due == int(run.num_updates):  # else a run that had been finished goes on
+        # Unless a run that had been finished goes on, which owes updates.
+        if due == int(run.num_updates) or int(run.buffer.size) == 0:
             rows, episode_seed = play(run, seed)
             mean_return = float(rows.rewards.sum() / rows.ends.sum())
             episodes = {"return": mean_return, "episode_seed": episode_seed}
-            buffer = run.buffer.write(_prepared(rows, normaliser, prepare, agent, transitions))
+            buffer = run.buffer
+            try:
+                prepared = _prepared(rows, normaliser, prepare, agent, transitions)
+            except TooShortError:  # for a chunk, as an episode may be: the steps are played for all
+                if int(buffer.size) == 0 and int(run.num_steps) + len(rows) >= num_steps:
+                    raise
+            else:
+                buffer = buffer.write(prepared)
             run = _Run(run.state, buffer, run.num_steps + len(rows), run.num_updates)
             due = first + round(updates_per_step * min(int(run.num_steps), num_steps))
-        if due == int(run.num_updates):  # less than one update for all of its steps
+        # With less than one update for all of its steps, or nothing to learn from yet.
+        if due == int(run.num_updates) or int(run.buffer.size) == 0:
             return run
         run, means = make_updates(run, seed, due)
         counts = {"steps": int(run.num_steps), "buffer_size": int(run.buffer.size)}
@@ -304,7 +320,10 @@ def fine_tune(
     done = sum(made) - len(seeds) * first
     total = len(seeds) * (last - first)
     bar = tqdm(total=total, initial=done, desc=name, disable=not progress)
-    with bar, contextlib.closing(log):
+    with bar, contextlib.ExitStack() as stack:
+        for opened in (checkpoints, log):
+            if opened is not None:
+                stack.callback(opened.close)
         while (slowest := min(made)) < last:
             for i, seed in enumerate(seeds):
                 if made[i] < last:
@@ -316,12 +335,19 @@ def fine_tune(
             # After the rows of this round, so that no row before a checkpoint is ever missing.
             if checkpoints is not None and (passed or min(made) == last):
                 checkpoints.save(number, runs)
-    if checkpoints is not None:
-        checkpoints.close()
-    return Trained(agent, seeds, tuple(run.state for run in runs), transitions, last)
+    states = tuple(run.state for run in runs)
+    return Trained(agent, seeds, states, transitions, last, trained.augment)
 
 
-def _check_observations(observations: Any, expected: Any) -> None:
+def _check_observations(observations: Any, expected: Any, normaliser: Normaliser | None) -> None:
+    means = None if normaliser is None else jax.tree.map(lambda x: x[None], normaliser.mean)
+    if normaliser is not None and not _fits(means, expected):
+        raise ValueError(
+            "`normaliser` must be that of the observations of the training, but got one of "
+            f"{eqx.tree_pformat(normaliser.mean)} for {eqx.tree_pformat(expected)}. Write "
+            "`normaliser=Normaliser.of(transitions)`, of the transitions before they were "
+            "normalised, or `normaliser=None`."
+        )
     if not _fits(observations, expected):
         raise ValueError(
             f"`envs` must return observations like those of the training, but got "

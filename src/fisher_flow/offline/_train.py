@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .._misc import check_instance, check_positive_integer
+from .._misc import check_instance, check_positive_integer, short
 from .._training import add_chunk, no_logs
 from ..data import Transitions
 from ..data._stored import checksum, stored_record
@@ -49,6 +49,9 @@ class Trained:
     num_updates: int
     """The number of updates made in all, those online included."""
 
+    augment: Augment | None = None
+    """What is done to every batch."""
+
     def policy(self, seed: int | None = None) -> Any:
         """The policy learned with a seed, by default the first: an `AbstractPolicy`, of which kind
         depends on the agent.
@@ -75,8 +78,9 @@ def make_policy(
 
 
 def some_observations(transitions: Transitions, seed: int) -> Any:
-    # Not by a permutation, which would take memory for every row there is.
-    num = min(len(transitions), 10_000)
+    # Not by a permutation, which would take memory for every row there is; of images fewer.
+    row = sum(leaf[:1].nbytes for leaf in jax.tree.leaves(transitions.observations))
+    num = min(len(transitions), 10_000, max(1, 2**27 // max(1, row)))
     rows = np.random.default_rng(seed).choice(len(transitions), num, replace=False)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), transitions.observations)
 
@@ -138,7 +142,8 @@ def train(
         gives the same result whichever others it is trained beside, but for rounding.
     - `batch_size`: the number of transitions in an update, drawn with replacement.
     - `augment`: called as `augment(batch, key=key)` on every batch, on the device; returns the
-        transitions to learn from instead, for example [`fisher_flow.RandomCrop`][].
+        transitions to learn from instead, for example [`fisher_flow.RandomCrop`][]. A run in a
+        `folder` goes on with a function of the same name; its code is not compared.
     - `evaluate`: called as `evaluate(policy, seed)` for every seed; returns a dictionary of
         numbers, which are logged.
     - `evaluate_every`: the number of updates between evaluations; by default once, at the end.
@@ -218,6 +223,7 @@ def train(
                 )
     log.forget_after(dict.fromkeys(seeds, start))
 
+    given_augment = augment
     settings, augment = numbers_as_arrays((agent, augment), transitions)
     settled = when_to_settle(num_updates)
     observations = some_observations(transitions, 0)
@@ -229,7 +235,10 @@ def train(
 
     name = type(agent).__name__
     bar = tqdm(total=num_updates, initial=start, desc=name, disable=not progress)
-    with bar, contextlib.closing(feed), contextlib.closing(log):
+    with bar, contextlib.ExitStack() as stack:
+        for opened in (checkpoints, log, feed):
+            if opened is not None:
+                stack.callback(opened.close)
         for stop in sorted(stop for stop in stops if stop > start):
             if start in settled:
                 states = [
@@ -256,9 +265,7 @@ def train(
             # After the rows of this update, so that no row before a checkpoint is ever missing.
             if checkpoints is not None and (stop % checkpoint_every == 0 or stop == num_updates):
                 checkpoints.save(stop, states)
-    if checkpoints is not None:
-        checkpoints.close()
-    return Trained(agent, seeds, tuple(states), transitions, num_updates)
+    return Trained(agent, seeds, tuple(states), transitions, num_updates, given_augment)
 
 
 def _advance(update, args, learners, start, stop, key):
@@ -290,6 +297,11 @@ def update(args, state, key, step):
     batch = sampling.draw(batch_size, seed, step, key=row_key)
     if augment is not None:
         batch = augment(batch, key=augment_key)
+        if not isinstance(batch, Transitions):
+            raise ValueError(
+                f"`augment` must return `Transitions`, but returned `{short(batch)}`. Write "
+                "`augment=fisher_flow.RandomCrop()`."
+            )
     return agent.update(state, batch, key=update_key)
 
 
@@ -324,7 +336,8 @@ def _stack(states: list[Any]) -> Any:
 
 
 def _entry(stacked: Any, i: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[i] if eqx.is_array_like(leaf) else leaf, stacked)
+    arrays = (jax.Array, np.ndarray)  # what `_stack` has stacked, and its means
+    return jax.tree.map(lambda leaf: leaf[i] if isinstance(leaf, arrays) else leaf, stacked)
 
 
 def finite_numbers(values: dict[str, Any], seed: int, updates: int) -> dict[str, float]:
@@ -380,5 +393,13 @@ def describe(
         "transitions": f"{len(transitions)} rows, checksum {checksum(transitions)}",
         "seeds": str(list(seeds)),
         "batch_size": str(batch_size),
-        "augment": eqx.tree_pformat(augment, short_arrays=False),
+        "augment": _name_of(augment),
     }
+
+
+def _name_of(augment: Augment | None) -> str:
+    """What it is, without addresses in memory, which change from process to process."""
+    if augment is None or isinstance(augment, eqx.Module):
+        return eqx.tree_pformat(augment, short_arrays=False)
+    named = augment if hasattr(augment, "__qualname__") else type(augment)
+    return f"{named.__module__}.{named.__qualname__}"

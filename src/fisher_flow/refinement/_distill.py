@@ -57,7 +57,7 @@ def distill(
     - `critic`: by which the loss is judged; by default that of the policy.
     - `network`: called as `network(observation, noise)` for one sample; returns an action. By
         default a multilayer perceptron of `depth` hidden layers of `width_size` units.
-    - `encoder`: what that perceptron sees images through, such as
+    - `encoder`: what that perceptron, if there is one, sees images through, such as
         [`fisher_flow.ImpalaEncoder`][].
     - `held_out`: the observations to measure the loss at; by default `observations`.
     - `num_samples`: the number of pairs of noise and action that are made to learn from.

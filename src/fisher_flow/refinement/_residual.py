@@ -107,7 +107,7 @@ class Residual(AbstractRefinement):
         - `network`: called as `network(observation, action)` for one sample; returns a
             displacement. By default a multilayer perceptron of `depth` hidden layers of
             `width_size` units, which starts from zero.
-        - `encoder`: what that perceptron sees images through, such as
+        - `encoder`: what that perceptron, if there is one, sees images through, such as
             [`fisher_flow.ImpalaEncoder`][].
         - `num_updates`, `batch_size`: the number of gradient steps, and of actions in each.
         - `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.

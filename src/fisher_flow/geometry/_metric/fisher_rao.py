@@ -54,7 +54,9 @@ class FisherRao(AbstractMetric):
             the divergence (as many as the order), whose product is an unbiased estimate of its
             power. By default the divergence is exact for actions of up to 32 entries, with as many
             forward-mode products of the displacement, and larger ones have one probe in each.
-        - `order`: 2, or 3 to predict larger KLs, at the price of a derivative of the score.
+        - `order`: 2, or 3 to predict larger KLs, at the price of a derivative of the score. From
+            probes that is a polynomial, the terms up to the third order alone, which has no lower
+            bound: a prediction of small KLs, not a loss to train on.
 
         **Raises:**
 
