@@ -140,7 +140,8 @@ def fine_tune(
         `online.csv` is a round that made updates: the statistics that the agent logs, averaged
         over them, `return` (the mean undiscounted return of its episodes, in rewards as they come;
         should rise), `steps` (the number of steps played so far), `buffer_size` (the number of rows
-        in the buffer) and `episode_seed` (`collect(policy, envs, seed=episode_seed)` plays them again).
+        in the buffer) and `episode_seed` (`collect(policy, envs, seed=episode_seed)` plays them
+        again).
     - `checkpoint_every`: the number of updates after which the next round ends with a checkpoint;
         by default a tenth of all. Each holds the buffers, and the last two are kept.
     - `max_steps`: the number of steps after which an episode that has not ended raises.
