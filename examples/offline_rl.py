@@ -95,10 +95,10 @@ def load_task(name: str, folder: Path) -> Task:
         transitions = fisher_flow.load_d4rl(folder / "halfcheetah-replay.hdf5")
         return Task(transitions, functools.partial(gymnasium.make, "HalfCheetah-v5"))
     if "singletask" in name:
-        import ogbench  # noqa: F401  (registers its environments)
+        import ogbench
 
-        transitions = fisher_flow.load_ogbench(name, folder)
-        return Task(transitions, functools.partial(gymnasium.make, name), is_success=True)
+        make_env = functools.partial(ogbench.make_env_and_datasets, name, env_only=True)
+        return Task(fisher_flow.load_ogbench(name, folder), make_env, is_success=True)
     import minari
 
     dataset = minari.load_dataset(name)

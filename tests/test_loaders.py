@@ -1,5 +1,6 @@
 """Reads files in the formats of OGBench, D4RL and Minari, made here: nothing is downloaded."""
 
+import importlib
 import subprocess
 import sys
 import warnings
@@ -386,3 +387,20 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, load):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r'not installed.*`pip install "fisher_flow\[data\]"`'):
         load(tmp_path)
+
+
+@quiet
+def test_a_task_of_the_example_has_the_environment_of_its_data(tmp_path, monkeypatch):
+    """Whose name is another than that of the file."""
+    monkeypatch.syspath_prepend(root / "examples")
+    offline_rl: Any = importlib.import_module("offline_rl")
+    rng = np.random.default_rng(0)
+    columns = play() | {"observations": rng.normal(size=(15, 28)), "qpos": np.zeros((15, 21))}
+    columns["actions"] = rng.uniform(-1, 1, (15, 5)).astype(np.float32)
+    write(tmp_path, columns, "cube-single-play-v0")
+    task = offline_rl.load_task("cube-single-play-singletask-v0", tmp_path)
+    assert task.is_success
+    env = task.make_env()
+    assert env.action_space.shape == task.transitions.actions.shape[1:]
+    assert env.observation_space.shape == task.transitions.observations.shape[1:]
+    env.close()
