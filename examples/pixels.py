@@ -6,7 +6,7 @@ draws Gymnasium's Pendulum-v1 at 24 x 24 pixels, plays it with a controller of w
 random, and trains agents on the pictures. The same flow trained on blank pictures shows what there
 is to see.
 
-It needs `pip install "fisher_flow[offline]"`.
+It needs `pip install "fisher_flow[offline,data]"`.
 """
 
 import dataclasses

@@ -1,7 +1,11 @@
 """Transitions on disk, and training that reads them from there."""
 
+import contextlib
 import dataclasses
 import json
+import mmap
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_pixels
 from test_train import agent, averaging, same, train, transitions
 
 import fisher_flow as ff
@@ -49,6 +54,23 @@ def no_more_threads_than(before):
             return True
         time.sleep(0.05)
     return False
+
+
+def on_disk(column, folder):
+    """A map of the user's own."""
+    path = folder / f"{len(list(folder.iterdir()))}.bin"
+    column = np.asarray(column)
+    column.tofile(path)
+    return np.memmap(path, column.dtype, "r", shape=column.shape)
+
+
+@pytest.fixture
+def optimised():
+    """Compiles as users do. Else programs differ in their rounding that differ in where a batch
+    comes from; agents have sizes of their own, as what was compiled before is used again."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -111,9 +133,122 @@ def test_what_a_stopped_writer_left_does_not_open_and_is_written_again(tmp_path)
     assert not list(tmp_path.glob("*unfinished"))
 
 
+def test_a_second_writer_leaves_the_first_alone(tmp_path):
+    def parts():
+        yield transitions()
+        with pytest.raises(ValueError, match=r"(?s)another is at work.*Wait.*_2'`"):
+            ff.save_transitions(tmp_path, nested())
+        yield transitions()
+
+    ff.save_transitions(tmp_path, parts())
+    assert len(ff.open_transitions(tmp_path)) == 120
+
+
+@pytest.mark.skipif(_stored.fcntl is None, reason="locks are those of Unix")
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = (
+        "import sys, pathlib; from fisher_flow.data import _stored\n"
+        "marker = _stored._claim(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    )
+    command: Any = [sys.executable, "-c", code, tmp_path]
+    pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as writer:
+        writer.stdout.readline()  # pyright: ignore
+        with pytest.raises(ValueError, match="another is at work"):
+            ff.save_transitions(tmp_path, transitions())
+        writer.send_signal(signal.SIGKILL)
+    ff.save_transitions(tmp_path, transitions())
+    assert len(ff.open_transitions(tmp_path)) == 60
+
+
+def test_a_checksum_is_of_every_bit():
+    x = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)
+    assert _stored.checksum(x) == _stored.checksum(np.asarray(x))
+    assert _stored.checksum(x) != _stored.checksum(x.at[1, 2].set(5.03125))
+    assert _stored.checksum(np.asarray(x).T) != _stored.checksum(x)
+    assert _stored.checksum([1.0, np.zeros((0, 2))]) == _stored.checksum(np.ones(1))
+
+
+derived = {
+    "n_step": lambda t, folder: t.n_step(3, 0.9),
+    "replace": lambda t, folder: dataclasses.replace(t, rewards=t.rewards * 2),
+    "slice": lambda t, folder: t[5:40],
+    "cast": lambda t, folder: dataclasses.replace(
+        t, masks=on_disk(np.ones(60, np.int8), folder), ends=on_disk(np.eye(1, 60)[0], folder)
+    ),
+    "own": lambda t, folder: ff.Transitions(*(on_disk(x, folder) for x in jax.tree.leaves(t))),
+}
+
+
+@pytest.mark.parametrize("derive", derived.values(), ids=derived)
+def test_what_is_derived_from_maps_streams(stored, tmp_path, derive):
+    expected = train(averaging, derive(transitions(), tmp_path), 5, stream=False)
+    t = derive(stored, tmp_path)
+    assert any(map(_stored.is_mapped, jax.tree.leaves(t)))
+    assert all(_stored.is_mapped(x) == isinstance(x, np.memmap) for x in jax.tree.leaves(t))
+    assert same(expected.states, train(averaging, t, 5).states)
+
+
+def test_what_numpy_copies_from_a_map_is_in_memory(stored):
+    copied = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), stored)
+    assert all(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(copied))
+    assert not any(map(_stored.is_mapped, jax.tree.leaves(copied)))
+    expected = train(averaging, transitions(), 5)
+    for stream in (None, True):
+        assert same(expected.states, train(averaging, copied, 5, stream=stream).states)
+
+
+@pytest.mark.parametrize("context", ["64 bits", "32 bits", "partitionable", "not partitionable"])
+def test_a_configuration_around_the_training_reaches_the_rows(stored, context):
+    option = jax.enable_x64 if "bits" in context else jax.threefry_partitionable
+    with option(context in ("64 bits", "partitionable")):
+        expected = train(averaging, transitions(), 5)
+        assert same(expected.states, train(averaging, stored, 5).states)
+
+
+class Map(mmap.mmap):
+    """Tells what was advised."""
+
+    def madvise(self, *args):
+        self.advice = [*getattr(self, "advice", []), *args]
+        return super().madvise(*args)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_RANDOM"), reason="there is no advice here")
+def test_maps_are_read_as_before_when_the_training_has_ended(stored, monkeypatch):
+    monkeypatch.setattr(mmap, "mmap", Map)
+    opened = ff.open_transitions(Path(stored.rewards.filename).parent)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(averaging, opened, 20, loggers=[stop])
+    rewards: Any = opened.rewards
+    assert rewards._mmap.advice == [mmap.MADV_RANDOM, mmap.MADV_NORMAL]
+
+
+def stop(seed, updates, values):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("row, ahead", [(1, 16), (2**17, 16), (2**21, 4), (2**25, 2)])
+def test_the_blocks_in_flight_are_bounded(row, ahead):
+    column = np.broadcast_to(np.uint8(0), (3, row))
+    t = jax.tree.map(lambda leaf: column, transitions())
+    feed = _feed.Streamed(t, jax.random.key(0), (0,), 4, 1000)
+    options, size = feed._options, feed._length * 4 * 7 * row
+    assert options.prefetch_buffer_size == options.num_threads
+    assert options.num_threads == ahead and (ahead == 2 or ahead * size <= 2**28)
+
+
+one_step = ff.OneStep(
+    flow=ff.BehaviourFlow(width_size=7, depth=1),
+    critic=ff.TemporalDifference(width_size=7, depth=1),
+)
+
+
 @pytest.mark.parametrize("vectorise", [False, True])
-@pytest.mark.parametrize("agent", [averaging, agent], ids=["averaging", "one-step"])
-def test_streamed_it_ends_with_the_same_bits(stored, monkeypatch, agent, vectorise):
+@pytest.mark.parametrize("agent", [averaging, one_step], ids=["averaging", "one-step"])
+def test_streamed_it_ends_with_the_same_bits(stored, monkeypatch, request, agent, vectorise):
+    if agent is one_step:
+        request.getfixturevalue("optimised")
     options: Any = dict(seeds=[0, 3], vectorise=vectorise)
     in_memory = train(agent, transitions(), 25, **options)
     threads = threading.active_count()
@@ -123,6 +258,31 @@ def test_streamed_it_ends_with_the_same_bits(stored, monkeypatch, agent, vectori
         assert same(in_memory.states, streamed.states)
         assert streamed.transitions is stored
         assert no_more_threads_than(threads)
+
+
+class AveragingImages(type(averaging)):
+    def init(self, example, *, key):
+        return super().init(self.flat(example), key=key)
+
+    def update(self, state, batch, *, key):
+        return super().update(state, self.flat(batch), key=key)
+
+    def flat(self, t):
+        columns = lambda t: (t.observations, t.next_observations)
+        flat = (o["camera"].reshape(len(t), -1).astype(np.float32) for o in columns(t))
+        return eqx.tree_at(columns, t, tuple(flat))
+
+
+@pytest.mark.parametrize("vectorise", [False, True])
+def test_streamed_images_are_cropped_to_the_same_bits(vectorise):
+    agent: Any = AveragingImages()
+    data, crop = test_pixels.transitions(shape=(2, 6, 6, 1)), ff.RandomCrop(1, probability=0.7)
+    options: Any = dict(seeds=[0, 3], vectorise=vectorise)
+    in_memory, streamed = (
+        train(agent, data, 5, augment=crop, stream=stream, **options) for stream in (False, True)
+    )
+    assert same(in_memory.states, streamed.states)
+    assert not same(in_memory.states, train(agent, data, 5, **options).states)
 
 
 @pytest.mark.parametrize("size", [1, 1000])

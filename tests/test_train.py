@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import fisher_flow as ff
+from fisher_flow.offline._log import Log
 
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -255,9 +256,23 @@ def unknown_successors():
     return eqx.tree_at(lambda t: t.next_actions, transitions(), None)
 
 
+def too_many():
+    grow = lambda leaf: np.broadcast_to(leaf[:1], (2**31, *leaf.shape[1:]))
+    return jax.tree.map(grow, transitions())
+
+
+def train_with_short_integers(*args):
+    with jax.enable_x64(False):
+        train(*args)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
+        (
+            lambda: train_with_short_integers(agent, too_many(), 1),
+            r"`transitions` must have at most 2147483647 rows.*got 2147483648.*_enable_x64",
+        ),
         (lambda: train(agent, transitions(), 0), "`num_updates=100000`"),
         (lambda: train(agent, transitions(), 1, seeds=[]), r"`seeds=range\(5\)`"),
         (lambda: train(agent, transitions(), 1, seeds=[1, 1]), "all different"),
@@ -315,6 +330,40 @@ def test_loggers_are_closed_however_the_training_ends():
     with pytest.raises(KeyboardInterrupt):
         train(averaging, transitions(), 2, checkpoint_every=2, loggers=[kept, failing])
     assert kept.seen == [2, "closed", 2, "closed"] and failing.seen == [2, "closed"]
+
+
+def test_loggers_are_closed_though_one_of_them_fails():
+    closed = []
+
+    def logger(fails):
+        def close():
+            closed.append(fails)
+            if fails:
+                raise OSError("no space left")
+
+        row: Any = lambda seed, updates, values: None
+        row.close = close
+        return row
+
+    with pytest.raises(OSError, match="no space left"):
+        train(averaging, transitions(), 1, loggers=[logger(x) for x in (False, True, False)])
+    assert closed == [False, True, False]
+
+
+@pytest.mark.parametrize("left", ["", "seed,upd", "seed,updates,loss\r\n0,"])
+def test_a_file_that_was_left_without_rows_is_begun_again(left, tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    train(averaging, transitions(), 10, folder=once)
+    twice.mkdir()
+    (twice / "train.csv").write_text(left)
+    train(averaging, transitions(), 10, folder=twice)
+    assert (twice / "train.csv").read_text() == (once / "train.csv").read_text()
+
+
+def test_a_row_is_below_its_header(tmp_path):
+    (tmp_path / "online.csv").touch()
+    Log(tmp_path, []).write("online", 0, 3, {"loss": 1.0})
+    assert rows_of(tmp_path / "online.csv") == [{"seed": "0", "updates": "3", "loss": "1.0"}]
 
 
 @pytest.fixture

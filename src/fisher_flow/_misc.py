@@ -134,10 +134,25 @@ def encode(encoder: Any, observation: PyTree[Any]) -> PyTree[Any]:
     return observation if encoder is None else encoder(observation)
 
 
+_MOST_CHANNELS = 32  # of one frame: colours, or a few frames side by side
+
+
 def is_image(leaf: Any, num_batch_axes: int = 0) -> bool:
     """Whether a leaf of an observation is an image, or a stack of frames: `uint8`, of shape
-    `(height, width, channels)` or `(frames, height, width, channels)`."""
-    return jnp.ndim(leaf) - num_batch_axes in (3, 4) and leaf.dtype == np.uint8
+    `(height, width, channels)` or `(frames, height, width, channels)`. Refuses one whose last axis
+    is too long to be the channels."""
+    if jnp.ndim(leaf) - num_batch_axes not in (3, 4) or leaf.dtype != np.uint8:
+        return False
+    shape = jnp.shape(leaf)[num_batch_axes:]
+    if shape[-1] > _MOST_CHANNELS:
+        raise ValueError(
+            "`observation` must have images of shape (height, width, channels) or (frames, height, "
+            f"width, channels), with at most {_MOST_CHANNELS} channels, but got shape {shape}. For "
+            "channels that come first write `np.moveaxis(image, -3, -1)`; for greyscale images "
+            "`image[..., None]`, and `GrayscaleObservation(env, keep_dim=True)` before "
+            "`FrameStackObservation`."
+        )
+    return True
 
 
 def refuse_images(observation: PyTree[Any], example: str) -> None:

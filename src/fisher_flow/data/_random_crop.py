@@ -1,7 +1,9 @@
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, ScalarLike, UInt8
 
 from .._misc import check_at_least, check_positive_integer, is_image
@@ -62,6 +64,11 @@ class RandomCrop(eqx.Module):
         """
         check_positive_integer("padding", padding, 3)
         check_at_least("probability", probability, 0, 0.5)
+        if not isinstance(probability, jax.core.Tracer) and np.asarray(probability) > 1:
+            raise ValueError(
+                f"`probability` must be at most 1, but got {probability}. Write "
+                "`probability=1.0` to crop every transition."
+            )
         self.padding = padding
         self.probability = probability
 
@@ -75,7 +82,7 @@ class RandomCrop(eqx.Module):
 
         **Raises:**
 
-        - `ValueError` if no observation is an image.
+        - `ValueError` if no observation is an image, or one has its channels not last.
         """
         o, structure = jax.tree.flatten(batch.observations)
         next_o = structure.flatten_up_to(batch.next_observations)

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import equinox as eqx
 import jax
@@ -18,6 +18,12 @@ from jaxtyping import PyTree
 
 from .._misc import check_instance
 from ._transitions import Transitions
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 _RECORD = "transitions.json"
@@ -63,10 +69,88 @@ def save_transitions(
 
     **Raises:**
 
-    - `ValueError` if the folder holds something else already, or the parts are not alike.
+    - `ValueError` if the folder holds something else already, another call is writing to it, or
+        the parts are not alike.
     """
     folder = Path(folder).expanduser()
-    _claim(folder)
+    with contextlib.closing(_claim(folder)):
+        _write(folder, parts)
+
+
+def open_transitions(folder: str | os.PathLike[str]) -> Transitions:
+    """The transitions of a folder that [`fisher_flow.save_transitions`][] wrote, left on disk.
+
+    The columns are memory maps that cannot be written to. Nothing is read until rows are asked for:
+    `transitions[:1000]` costs nothing, and [`fisher_flow.train`][] reads batch by batch. Whatever
+    makes a new column of all rows (`n_step`, `chunks`, `Normaliser.transitions`,
+    `dataclasses.replace`) reads the whole: do that part by part, before saving.
+
+    **Arguments:**
+
+    - `folder`: the folder.
+
+    **Returns:**
+
+    The [`fisher_flow.Transitions`][].
+
+    **Raises:**
+
+    - `FileNotFoundError` if there is no such folder.
+    - `ValueError` if it was not written by `save_transitions`, or not to the end.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"The folder `{folder}` is missing. Write "
+            f"`fisher_flow.save_transitions({str(folder)!r}, transitions)` first."
+        )
+    record = _read_record(folder)
+    if record is None:
+        if (folder / _UNFINISHED).exists():
+            why = "was not written to the end: the writer was stopped, or is at work still"
+        else:
+            there = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+            why = f"was not written by this version of fisher_flow: it has {there or 'no files'}"
+        raise ValueError(
+            f"`folder={str(folder)!r}` {why}. Load files of other libraries with their reader, and "
+            f"write `fisher_flow.save_transitions({str(folder)!r}, transitions)`."
+        )
+    return _open(folder, record["columns"], record["rows"])
+
+
+def is_mapped(leaf: Any) -> bool:
+    """Whether an array lies on disk. One that was copied from a `np.memmap`, as by `astype`, is of
+    that class too."""
+    return isinstance(leaf, np.memmap) and getattr(leaf, "_mmap", None) is not None
+
+
+def stored_record(transitions: Transitions) -> dict[str, Any] | None:
+    """What is on record of transitions that are the whole of a folder, else `None`."""
+    leaves = jax.tree.leaves(_columns(transitions))
+    # A part of a memory map is based on the whole of it, which is based on the map.
+    if not all(isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap) for x in leaves):
+        return None
+    paths = [Path(leaf.filename) for leaf in leaves]
+    record = _read_record(paths[0].parent)
+    if record is None or record["rows"] != len(transitions):
+        return None
+    names = jax.tree.leaves(_names(record["columns"]))
+    return record if paths == [paths[0].parent / name for name in names] else None
+
+
+def checksum(tree: Any) -> str:
+    """Of every bit of the arrays; from the record, if they are transitions that lie on disk."""
+    record = stored_record(tree) if isinstance(tree, Transitions) else None
+    if record is not None:
+        return record["checksum"]
+    value = 0
+    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array_like)):
+        # As bytes, since `bfloat16` has no buffer.
+        value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, value)
+    return f"{value:08x}"
+
+
+def _write(folder: Path, parts: Transitions | Iterable[Transitions]) -> None:
     layout, kind, rows = None, None, 0
     least, most = np.inf, -np.inf
     with contextlib.ExitStack() as stack:
@@ -112,85 +196,51 @@ def save_transitions(
     os.replace(unfinished, folder / _RECORD)
 
 
-def open_transitions(folder: str | os.PathLike[str]) -> Transitions:
-    """The transitions of a folder that [`fisher_flow.save_transitions`][] wrote, left on disk.
-
-    The columns are memory maps that cannot be written to. Nothing is read until rows are asked for:
-    `transitions[:1000]` costs nothing, and [`fisher_flow.train`][] reads batch by batch. Whatever
-    makes a new column of all rows (`n_step`, `chunks`, `Normaliser.transitions`,
-    `dataclasses.replace`) reads the whole: do that part by part, before saving.
-
-    **Arguments:**
-
-    - `folder`: the folder.
-
-    **Returns:**
-
-    The [`fisher_flow.Transitions`][].
-
-    **Raises:**
-
-    - `FileNotFoundError` if there is no such folder.
-    - `ValueError` if it was not written by `save_transitions`, or not to the end.
-    """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"The folder `{folder}` is missing. Write "
-            f"`fisher_flow.save_transitions({str(folder)!r}, transitions)` first."
-        )
-    record = _read_record(folder)
-    if record is None:
-        if (folder / _UNFINISHED).exists():
-            why = "was not written to the end: the writer was stopped, or is at work still"
-        else:
-            there = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
-            why = f"was not written by this version of fisher_flow: it has {there or 'no files'}"
-        raise ValueError(
-            f"`folder={str(folder)!r}` {why}. Load files of other libraries with their reader, and "
-            f"write `fisher_flow.save_transitions({str(folder)!r}, transitions)`."
-        )
-    return _open(folder, record["columns"], record["rows"])
-
-
-def stored_record(transitions: Transitions) -> dict[str, Any] | None:
-    """What is on record of transitions that are the whole of a folder, else `None`."""
-    leaves = jax.tree.leaves(_columns(transitions))
-    # A part of a memory map is based on the whole of it, which is based on the map.
-    if not all(isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap) for x in leaves):
-        return None
-    paths = [Path(leaf.filename) for leaf in leaves]
-    record = _read_record(paths[0].parent)
-    if record is None or record["rows"] != len(transitions):
-        return None
-    names = jax.tree.leaves(_names(record["columns"]))
-    return record if paths == [paths[0].parent / name for name in names] else None
-
-
-def checksum(tree: Any) -> str:
-    """Of every bit of the arrays; from the record, if they are transitions that lie on disk."""
-    record = stored_record(tree) if isinstance(tree, Transitions) else None
-    if record is not None:
-        return record["checksum"]
-    value = 0
-    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array_like)):
-        value = zlib.crc32(np.ascontiguousarray(leaf).data, value)
-    return f"{value:08x}"
-
-
-def _claim(folder: Path) -> None:
-    """Makes the folder, or clears what a writer has left in it that was killed."""
+def _claim(folder: Path) -> BinaryIO:
+    """Makes the folder, or clears what a writer has left in it that was killed; returns the marker
+    that a writer is at work, locked until it is closed."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / _UNFINISHED).exists():
+    marker = folder / _UNFINISHED
+    if not marker.exists():
+        _refuse_files(folder, list(folder.iterdir()))
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(open(marker, "ab"))
+        if not _lock(lock):
+            raise ValueError(
+                f"`folder={str(folder)!r}` must be written to by one call of `save_transitions` at "
+                "a time, but another is at work in it. Wait for that to end, or write "
+                f"`folder={str(folder) + '_2'!r}`."
+            )
+        if (folder / _RECORD).exists():  # another writer has ended since
+            marker.unlink(missing_ok=True)
+            _refuse_files(folder, [folder / _RECORD])
         for path in folder.glob("*.npy"):
             path.unlink()
-    elif any(folder.iterdir()):
+        stack.pop_all()
+    return lock
+
+
+def _refuse_files(folder: Path, files: list[Path]) -> None:
+    if files:
         raise ValueError(
             f"`folder={str(folder)!r}` must be empty, but has files in it already. Write "
             f"`folder={str(folder) + '_2'!r}`, or remove it first: "
             f"`shutil.rmtree({str(folder)!r})`."
         )
-    (folder / _UNFINISHED).touch()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether a file could be locked, or cannot be. A lock ends with its process, if killed too."""
+    if fcntl is None:
+        file.close()  # else it could not be renamed; nor can the columns of another be removed
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems have no locks
+        pass
+    return True
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

@@ -85,7 +85,7 @@ class Transitions(eqx.Module):
         )
         if next_actions is not None:
             columns["next_actions"] = next_actions
-        ends = np.ones(np.shape(rewards), bool) if ends is None else _array(ends).astype(bool)
+        ends = np.ones(np.shape(rewards), bool) if ends is None else _cast(_array(ends), bool)
         check_equal_lengths(**columns, ends=ends)
         for name, column in (("rewards", rewards), ("masks", masks), ("ends", ends)):
             if np.ndim(column) != 1:
@@ -374,7 +374,15 @@ def _array(column: Any) -> Data:
 def _floating(column: Any) -> Data:
     column = _array(column)
     exact = not np.issubdtype(column.dtype, np.inexact)
-    return column.astype(np.float32) if exact else column  # such as rewards 0 and 1
+    return _cast(column, np.float32) if exact else column  # such as rewards 0 and 1
+
+
+def _cast(column: Data, dtype: Any) -> Data:
+    if column.dtype == dtype:
+        return column
+    if isinstance(column, np.memmap):  # what NumPy casts one to is called so too, but is in memory
+        column = np.asarray(column)
+    return column.astype(dtype)
 
 
 def _shapes(tree: PyTree[Any]) -> tuple[Any, Any]:

@@ -112,7 +112,8 @@ class ImpalaEncoder(AbstractEncoder):
 
         **Raises:**
 
-        - `ValueError` if it holds no image. The network raises it for images of other shapes.
+        - `ValueError` if it holds no image, or one whose channels are not last. The network raises
+            it for images of other shapes.
         """
         shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(observation) if is_image(x))
         if len(shapes) == 0:

@@ -3,6 +3,7 @@
 import functools
 import math
 import mmap
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax import lax
 from jaxtyping import PRNGKeyArray
 
 from ..data import Transitions
+from ..data._stored import is_mapped
 from ._sampling import BlockSampling, keys_of_update, uniform_rows, UniformSampling
 
 
@@ -22,8 +24,21 @@ Piece = tuple[int, UniformSampling | BlockSampling]
 
 _BLOCK_SIZE = 2**23  # bytes: small beside any memory, large beside what starting a program costs
 _BLOCK_LENGTH = 100  # updates
-# A read from disk takes long and does little, so that many at once are as fast as few.
-_THREADS = 16
+# A read from disk takes long and does little, so that many blocks at once are read as fast as few.
+# But the batch of one update may be larger than a block should be: large images, many seeds.
+_MOST_BLOCKS = 16
+_MOST_BYTES = 2**28  # of all of them, though two at least
+
+
+def check_num_rows(transitions: Transitions) -> None:
+    """Refuses more rows than JAX's default integers can count."""
+    most = int(jnp.iinfo(jnp.result_type(int)).max)
+    if len(transitions) > most:
+        raise ValueError(
+            f"`transitions` must have at most {most} rows while integers have 32 bits, but got "
+            f"{len(transitions)}. Write `transitions[:{most}]`, or "
+            '`jax.config.update("jax_enable_x64", True)` before.'
+        )
 
 
 class Resident:
@@ -62,19 +77,21 @@ class Streamed:
                 '`pip install "fisher_flow[offline]"`, or train with `stream=False` if they fit '
                 "on the device."
             ) from error
-        for leaf in jax.tree.leaves(transitions):
-            if isinstance(leaf, np.memmap) and hasattr(mmap, "MADV_RANDOM"):
-                # Else the system reads some 128 KB around every row, in case they are wanted too.
-                leaf._mmap.madvise(mmap.MADV_RANDOM)  # pyright: ignore
+        maps = [leaf for leaf in jax.tree.leaves(transitions) if is_mapped(leaf)]
+        # Else the system reads some 128 KB around every row, in case they are wanted too.
+        _advise(maps, "MADV_RANDOM")
+        # The maps are the user's, who may read them in order: undone however the training ends.
+        self._read_in_order = weakref.finalize(self, _advise, maps, "MADV_NORMAL")
         columns = jax.tree.map(np.asarray, transitions)
         row = sum(leaf[:1].nbytes for leaf in jax.tree.leaves(columns))
-        length = _BLOCK_SIZE // (len(seeds) * batch_size * row)
-        self._length = max(1, min(length, _BLOCK_LENGTH, num_updates))
+        batches = len(seeds) * batch_size * row  # bytes of an update
+        self._length = max(1, min(_BLOCK_SIZE // batches, _BLOCK_LENGTH, num_updates))
         count = math.ceil(num_updates / self._length)
-        blocks = _Blocks(columns, key, np.asarray(seeds), batch_size, self._length, count)
-        self._dataset = grain.MapDataset.source(blocks)
-        self._options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
         self._seeds = jnp.asarray(seeds)
+        blocks = _Blocks(columns, key, self._seeds, batch_size, self._length, count)
+        self._dataset = grain.MapDataset.source(blocks)
+        ahead = max(2, min(_MOST_BYTES // (self._length * batches), _MOST_BLOCKS))
+        self._options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         self._reader: Any = None
         self._number = -1
         self._sampling: Any = None
@@ -98,6 +115,14 @@ class Streamed:
         """Ends the threads that read."""
         if self._reader is not None:
             self._reader.close()
+        self._read_in_order()
+
+
+def _advise(maps: list[Any], name: str) -> None:
+    """Tells the system how maps will be read, where it can be told."""
+    if hasattr(mmap, name):
+        for leaf in maps:
+            leaf._mmap.madvise(getattr(mmap, name))
 
 
 class _Blocks:
@@ -105,18 +130,21 @@ class _Blocks:
 
     def __init__(self, columns, key, seeds, batch_size, length, count):
         self._columns, self._length, self._count = columns, length, count
-        self._rows = functools.partial(_rows, key, seeds, batch_size, length, len(columns))
         try:  # The accelerator has other things to do.
-            self._device = jax.local_devices(backend="cpu")[0]
+            device = jax.local_devices(backend="cpu")[0]
         except RuntimeError:  # JAX_PLATFORMS names accelerators alone
-            self._device = None
+            device = None
+        self._args = jax.device_put((key, seeds), device)
+        # Here, not in the threads of Grain, where JAX has not the configuration of a `with` around
+        # the training, which the rows depend on.
+        lowered = _rows.lower(*self._args, batch_size, length, len(columns), np.int32(0))
+        self._rows = lowered.compile()
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Transitions:
-        with jax.default_device(self._device):
-            rows = np.asarray(self._rows(index * self._length))
+        rows = np.asarray(self._rows(*self._args, np.int32(index * self._length)))
         return jax.tree.map(lambda column: column[rows], self._columns)
 
 
@@ -129,5 +157,5 @@ def _rows(key, seeds, batch_size, length, num_rows, first):
         return uniform_rows(row_key, batch_size, num_rows)
 
     # No `vmap`, under which some generators draw other numbers.
-    steps = first + jnp.arange(length)
+    steps = first + jnp.arange(length, dtype=first.dtype)
     return lax.map(lambda seed: lax.map(lambda step: one(seed, step), steps), seeds).reshape(-1)

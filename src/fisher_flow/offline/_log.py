@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import os
 import re
@@ -26,7 +27,7 @@ class Log:
             return
         path = self.folder / f"{file}.csv"
         row = {"seed": seed, "updates": updates, **values}
-        new = not path.exists()
+        new = not path.exists() or path.stat().st_size == 0  # killed before its first row
         with open(path, "a", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, row)
             if new:
@@ -43,20 +44,24 @@ class Log:
             if not path.exists():
                 continue
             with open(path, newline="", encoding="utf-8") as stream:
-                header, *rows = csv.reader(stream)
-            # A run that was killed may have left half a row.
+                header, *rows = list(csv.reader(stream)) or [[]]
+            # A run that was killed may have left half a row, or of the header half or nothing.
             whole = [row for row in rows if len(row) == len(header)]
             kept = [row for row in whole if int(row[1]) <= updates[int(row[0])]]
+            if len(kept) == 0:
+                path.unlink()
+                continue
             rewritten = path.with_suffix(".tmp")
             with open(rewritten, "w", newline="", encoding="utf-8") as stream:
                 csv.writer(stream).writerows([header, *kept])
             os.replace(rewritten, path)
 
     def close(self) -> None:
-        for logger in self.loggers:
-            close = getattr(logger, "close", None)
-            if close is not None:
-                close()
+        with contextlib.ExitStack() as stack:  # all of them, though one of them fails
+            for logger in reversed(self.loggers):
+                close = getattr(logger, "close", None)
+                if close is not None:
+                    stack.callback(close)
 
 
 class TensorBoard:

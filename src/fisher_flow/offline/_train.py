@@ -13,11 +13,11 @@ import numpy as np
 from .._misc import check_instance, check_positive_integer, short
 from .._training import add_chunk, no_logs
 from ..data import Transitions
-from ..data._stored import checksum, stored_record
+from ..data._stored import checksum, is_mapped, stored_record
 from ..flows import AbstractPolicy
 from ._agent import AbstractAgent, BehaviourFlow
 from ._checkpoints import Checkpoints
-from ._feed import Resident, Streamed
+from ._feed import check_num_rows, Resident, Streamed
 from ._log import Log, Logger
 from ._sampling import keys_of_update
 
@@ -158,8 +158,8 @@ def train(
         not on CPUs, where by default they take turns.
     - `stream`: whether the data are left where they are, and each batch is read from there a few
         updates before its turn; else all of them are moved to the device. By default those are
-        left that lie on disk. The rows drawn are the same, and on a CPU so is every bit of the
-        result. Needs Grain: `pip install grain`.
+        left that lie on disk. With JAX's default generator the rows drawn are the same, and on a
+        CPU so is every bit of the result. Needs Grain: `pip install grain`.
     - `progress`: whether to show a progress bar.
 
     **Returns:**
@@ -193,11 +193,12 @@ def train(
             "Write `seeds=range(5)`."
         )
     check_augment(augment)
+    check_num_rows(transitions)
     check_bounds(agent, transitions)
     if vectorise is None:
         vectorise = len(seeds) > 1 and jax.default_backend() != "cpu"
     if stream is None:
-        stream = any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(transitions))
+        stream = any(map(is_mapped, jax.tree.leaves(transitions)))
 
     key = jr.key(1)
     if stream:
