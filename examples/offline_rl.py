@@ -97,7 +97,8 @@ def load_task(name: str, folder: Path) -> Task:
     if "singletask" in name:
         import ogbench
 
-        make_env = functools.partial(ogbench.make_env_and_datasets, name, env_only=True)
+        make: Any = ogbench.make_env_and_datasets
+        make_env = functools.partial(make, name, env_only=True)
         return Task(fisher_flow.load_ogbench(name, folder), make_env, is_success=True)
     import minari
 
