@@ -2,8 +2,8 @@
 
     python examples/plane.py --out plane
 
-learns a flow from samples of three modes, refines it by a critic in one step and in a chain of two,
-and writes three figures: the refinement in the plane, its certificate, and the chain.
+learns a flow from samples of three modes, refines it by a critic, and writes two figures: the
+refinement in the plane, and its certificate.
 """
 
 import argparse

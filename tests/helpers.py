@@ -3,6 +3,11 @@
 The closed forms come from SciPy's distributions and quadrature, never from the library.
 """
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -216,3 +221,17 @@ def natural_step(dtype, *, radius=0.1, damping=0.5, smoothing=0.1, **options):
     radius, damping, smoothing = (jnp.asarray(x, dtype) for x in (radius, damping, smoothing))
     metric = ff.ObservedInformation(ff.PerturbedScore(time=0.95), smoothing)
     return ff.NaturalStep(metric, radius, damping=damping, **options)
+
+
+def run_script(script, **values):
+    """Runs a script, which may kill itself, in an interpreter of its own; the code that it returned
+    and what it printed. `{tests}` in it is this folder, and other names are those of `values`."""
+    code = script.format(tests=os.path.dirname(__file__), **values)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"JAX_ENABLE_X64": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return result.returncode, result.stdout

@@ -1,10 +1,6 @@
 import csv
 import dataclasses
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 
 import equinox as eqx
@@ -15,6 +11,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from gymnasium.vector import SyncVectorEnv
+from helpers import run_script
 
 import fisher_flow as ff
 from fisher_flow.offline._sampling import BalancedSampling, ReplayBuffer
@@ -307,13 +304,7 @@ np.savez({folder!r} + "/final.npz", *leaves(tuned.states))
 
 
 def run(folder, kill_at):
-    code = script.format(tests=os.path.dirname(__file__), folder=str(folder), kill_at=kill_at)
-    environment = os.environ | {"JAX_ENABLE_X64": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    return result.returncode, result.stdout
+    return run_script(script, folder=str(folder), kill_at=kill_at)
 
 
 def test_killed_it_resumes_to_the_same_bits(tmp_path):

@@ -1,9 +1,7 @@
 import csv
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 import types
 from typing import Any
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import run_script
 
 import fisher_flow as ff
 from fisher_flow.offline._log import Log
@@ -185,13 +184,7 @@ np.savez({folder!r} + "/final.npz", *leaves(trained.states))
 
 
 def run(folder, kill_at):
-    code = script.format(tests=os.path.dirname(__file__), folder=str(folder), kill_at=kill_at)
-    environment = os.environ | {"JAX_ENABLE_X64": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    return result.returncode, result.stdout
+    return run_script(script, folder=str(folder), kill_at=kill_at)
 
 
 @pytest.mark.parametrize("kill_at", [250])
