@@ -97,12 +97,14 @@ def study(task: str, args: argparse.Namespace, done: set[tuple[str, str, int]]) 
     transitions = dataclasses.replace(transitions, rewards=transitions.rewards / scale)
     rows = np.random.default_rng(0).permutation(len(transitions))[:512]
     observations = jnp.asarray(transitions.observations[rows])
-    envs = gymnasium.vector.SyncVectorEnv([make_env] * args.episodes)
+    # An environment of OGBench takes 150 MB.
+    envs = gymnasium.vector.SyncVectorEnv([make_env] * min(args.episodes, 20))
 
     def play(policy: fisher_flow.AbstractPolicy, seed: int) -> float:
         policy = fisher_flow.NormalisedPolicy(policy, normaliser)
         # Start states that are the same for all methods, and not in the data.
-        episodes = fisher_flow.rollout(policy, envs, seed=1_000_000 * (seed + 1))
+        options = dict(num_episodes=args.episodes, seed=1_000_000 * (seed + 1))
+        episodes = fisher_flow.rollout(policy, envs, **options)
         return float(100 * episodes.successes.mean() if is_success else episodes.returns.mean())
 
     def record(method: str, seed: int, policy: Any, critic: Any, seconds: float) -> None:
@@ -125,7 +127,7 @@ def study(task: str, args: argparse.Namespace, done: set[tuple[str, str, int]]) 
     size = int(np.prod(transitions.actions.shape[1:]))
     for method, agent in methods(TASKS[task].width, size).items():
         missing = [x for x in range(args.seeds) if (task, method, x) not in done]
-        if len(missing) == 0 or args.only not in method:
+        if len(missing) == 0 or (args.methods and method not in args.methods):
             continue
         began = time.perf_counter()
         trained = fisher_flow.train(agent, transitions, args.updates, seeds=missing, batch_size=128)
@@ -144,7 +146,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("offline_rl.csv"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS)[:3], choices=list(TASKS))
-    parser.add_argument("--only", default="", help="methods whose name contains this")
+    parser.add_argument("--methods", nargs="+", help="by the names in the table; by default all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=10_000)
     parser.add_argument("--episodes", type=int, default=20)

@@ -94,7 +94,8 @@ class NaturalStep(AbstractRefinement):
         - `num_steps`: the number of short steps to split the step into, each from where the one
             before it ended. Several follow the critic around curves and fold less; sampling costs
             as many times more.
-        - `max_folded`: the share of actions at which the transport map may fold.
+        - `max_folded`: the share of actions at which the transport map may fold. If maps before it
+            fold at more of them already, this one may add none.
         - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
             the length of the step there.
         - `num_calibration`: with observations, the number of actions drawn to settle it once.
@@ -305,7 +306,13 @@ def _settle(
         usable = jnp.isfinite(squared_norm) & (squared_norm > 0)
         initial = jnp.sqrt(2 * radius / jnp.where(usable, squared_norm, 1))
         initial = jnp.where(usable, initial, 0)
-        return scale_to_radius(measure, radius, initial, max_folded=method.max_folded)
+        return scale_to_radius(
+            measure,
+            radius,
+            initial,
+            max_folded=method.max_folded,
+            after_others=policy.flow_policy is not policy,
+        )
 
     def raise_damping(state):
         rung, damping, _, _ = state

@@ -11,6 +11,7 @@ def scale_to_radius(
     initial: Scalar,
     *,
     max_folded: ScalarLike,
+    after_others: bool = False,
     max_growth: float = 1024.0,
     rtol: float = 0.01,
     max_steps: int = 30,
@@ -27,6 +28,9 @@ def scale_to_radius(
     - `radius`: the KL in nats.
     - `initial`: the first scale to try.
     - `max_folded`: a scale at which more of the actions are folded is too large.
+    - `after_others`: whether other maps come before this one. Then a scale of zero is measured
+        first: what they have spent counts, and what they have folded no scale can unfold, so as
+        many folds are allowed.
     - `max_growth`: no scale beyond this multiple of `initial` is tried.
 
     **Returns:**
@@ -41,18 +45,20 @@ def scale_to_radius(
     zero = jnp.zeros_like(initial)
 
     def unfinished(state: tuple[Array, ...]) -> Bool[Array, ""]:
-        step, _, low, kl_low, high, _ = state
+        step, _, low, kl_low, high, _, _ = state
         met = (kl_low >= (1 - rtol) * radius) | (low >= limit)
         return (step < max_steps) & ~met & (high - low > 1e-3 * jnp.minimum(high, initial))
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        step, scale, low, kl_low, high, kl_high = state
+        step, scale, low, kl_low, high, kl_high, bound = state
         kl, folded = measure(scale)
+        folded = folded.astype(initial.dtype)
+        bound = jnp.where(scale > 0, bound, jnp.maximum(bound, folded))
         # No KL is negative: one that is measured so far below zero lies where the estimate fails,
         # and so does one that is not a number.
-        allowed = (kl <= radius) & (kl >= -0.1 * radius) & (folded <= max_folded)
+        allowed = (kl <= radius) & (kl >= -0.1 * radius) & (folded <= bound)
         # What folds or fails is beyond the radius by an unknown amount.
-        kl_beyond = jnp.where((kl > radius) & (folded <= max_folded), kl, jnp.inf)
+        kl_beyond = jnp.where((kl > radius) & (folded <= bound), kl, jnp.inf)
         low, kl_low = jnp.where(allowed, scale, low), jnp.where(allowed, kl, kl_low)
         high, kl_high = jnp.where(allowed, high, scale), jnp.where(allowed, kl_high, kl_beyond)
 
@@ -64,14 +70,17 @@ def scale_to_radius(
         fraction = jnp.clip(((1 - rtol / 4) * target - root_low) / slope, 0.05, 0.95)
         bisect = ~jnp.isfinite(kl_high) | (step % 3 == 2)
         inward = low + jnp.where(bisect, 0.5, fraction) * (high - low)
-        scale = jnp.where(high < limit, inward, jnp.minimum(outward, limit))
-        return step + 1, scale, low, kl_low, high, kl_high
+        outward = jnp.where(low > 0, jnp.minimum(outward, limit), initial)
+        scale = jnp.where(high < limit, inward, outward)
+        return step + 1, scale, low, kl_low, high, kl_high, bound
 
     # The bracket starts as (0, limit], with nothing measured at its upper end.
     infinity = jnp.full_like(initial, jnp.inf)
-    state = (jnp.asarray(0), initial, zero, zero, limit, infinity)
+    first = zero if after_others else initial
+    bound = jnp.asarray(max_folded, initial.dtype)
+    state = (jnp.asarray(0), first, zero, zero, limit, infinity, bound)
     possible = (radius > 0) & jnp.isfinite(initial) & (initial > 0)
     state = lax.while_loop(lambda state: possible & unfinished(state), body, state)
-    _, _, scale, kl, _, _ = state
+    _, _, scale, kl, _, _, _ = state
     believable = scale < limit
     return jnp.where(believable, scale, 0), jnp.where(believable, kl, 0)

@@ -113,7 +113,8 @@ class Residual(AbstractRefinement):
         - `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.
         - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue by which every
             displacement is charged besides. The published method has none.
-        - `max_folded`: the share of actions at which the transport map may fold.
+        - `max_folded`: the share of actions at which the transport map may fold. If maps before it
+            fold at more of them already, this one may add none.
         - `num_calibration`: the number of actions drawn to settle the final scale.
         - `measure`: how the KL is measured. By default with the score of the metric.
         - `progress`: whether to show a progress bar with the gain, the KL and the dual variable.
@@ -286,13 +287,19 @@ def _update(args, state, key, step):
     def measure():
         def terms_of_one(o, a, b):
             δ, J = method.measure.linearise(policy, lambda a: network(o, a), a)
-            return method.measure.terms(policy, o, a, δ, J, b)
+            terms = method.measure.terms(policy, o, a, δ, J, b)
+            if not method.measure.from_flow:
+                return terms, jnp.asarray(False)
+            # The maps before this one may fold already.
+            return terms, method.measure.terms(policy, o, a, 0 * δ, 0 * J, b).folded
 
-        terms = jax.vmap(terms_of_one)(o, a, b)
+        terms, folded_before = jax.vmap(terms_of_one)(o, a, b)
         kl = jnp.mean(terms.kl)
         violation = jnp.clip(kl / method.radius - 1, -1, 1)
         # Where the map folds its KL is not known: it is too large.
-        folds = jnp.mean(terms.folded) > method.max_folded
+        max_folded = jnp.asarray(method.max_folded, kl.dtype)
+        max_folded = jnp.maximum(max_folded, jnp.mean(folded_before, dtype=kl.dtype))
+        folds = jnp.mean(terms.folded, dtype=kl.dtype) > max_folded
         return kl, jnp.where(folds, 1, violation).astype(kl.dtype)
 
     # Measuring costs about as much as an update, so it is done at every fifth.
@@ -323,5 +330,11 @@ def _final_scale(method, policy, network, observations, key) -> Scalar:
         return jnp.mean(terms.kl), jnp.mean(terms.folded)
 
     one = jnp.ones((), a.dtype)
-    scale, _ = scale_to_radius(measure, method.radius, one, max_folded=method.max_folded)
+    scale, _ = scale_to_radius(
+        measure,
+        method.radius,
+        one,
+        max_folded=method.max_folded,
+        after_others=policy.flow_policy is not policy,
+    )
     return scale
