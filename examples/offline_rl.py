@@ -102,6 +102,12 @@ def load_task(name: str, folder: Path) -> Task:
         return Task(fisher_flow.load_ogbench(name, folder), make_env, is_success=True)
     import minari
 
+    if name not in minari.list_local_datasets():
+        raise ValueError(
+            f"`task` must be `pendulum`, `halfcheetah`, an OGBench task, or one of the Minari "
+            f"datasets here, {sorted(minari.list_local_datasets())}, but got `{name}`. Write "
+            "`--task cube-single-play-singletask-v0`."
+        )
     dataset = minari.load_dataset(name)
     make_env = functools.partial(dataset.recover_environment, eval_env=True)
     return Task(fisher_flow.load_minari(dataset), make_env)
@@ -183,9 +189,6 @@ def main(settings: Settings) -> None:
     transitions = prepare(transitions)
     agent = make_agent(settings, int(np.prod(transitions.actions.shape[1:])), returns)
 
-    settings.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
-    (settings.out / "settings.json").write_text(text)
     envs = gymnasium.vector.SyncVectorEnv([task.make_env] * settings.episodes)
 
     def evaluate(policy: fisher_flow.AbstractPolicy, seed: int) -> dict[str, float]:
@@ -204,6 +207,9 @@ def main(settings: Settings) -> None:
         evaluate_every=max(1, settings.updates // settings.evaluations),
         folder=settings.out,
     )
+    # After the training, which refuses a folder that holds another.
+    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
+    (settings.out / "settings.json").write_text(text)
     files = [settings.out / "evaluations.csv"]
     if settings.online_steps > 0:
         players = gymnasium.vector.SyncVectorEnv([task.make_env] * 4)

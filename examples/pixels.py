@@ -1,12 +1,13 @@
 """Offline RL from pixels: a pendulum that is seen, in stacks of frames, and not told.
 
     python examples/pixels.py
+    python examples/pixels.py --names behaviour ifql
 
 draws Gymnasium's Pendulum-v1 at 24 x 24 pixels, plays it with a controller of whose steps some are
 random, and trains agents on the pictures. The same flow trained on blank pictures shows what there
 is to see.
 
-It needs `pip install "fisher_flow[offline,data]"`.
+It needs `pip install "fisher_flow[offline,data]"`. `--help` lists the settings.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import tyro
 from gymnasium.wrappers import AddRenderObservation, FrameStackObservation, RescaleAction
 from make_data import swing_up
 
@@ -125,4 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -1,3 +1,5 @@
+import types
+
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -141,6 +143,10 @@ def test_acts_inside_a_real_environment():
     "make, message",
     [
         (lambda: ff.Actor(lambda o: o, Box()), r"`policy` must have `sample\(.*Actor\(FlowPolicy"),  # pyright: ignore
+        (
+            lambda: ff.Actor(types.SimpleNamespace(policy=lambda seed: None), Box()),  # pyright: ignore
+            r"`trained.policy\(\)`",
+        ),
         (
             lambda: ff.Actor(gaussian([0.0], [[1.0]]).policy(), Box()),
             r"shape \(1,\), but those of `env` have shape \(2,\).*`action_shape=\(2,\)`",

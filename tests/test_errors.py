@@ -27,6 +27,7 @@ fit = dict(num_updates=1, batch_size=1, progress=False, key=key)
 refined = ff.refine(policy, critic, ff.NaturalStep(radius=0.0))
 q = ff.QEnsemble(3, 2, width_size=4, depth=1, key=key)
 rewards = masks = jnp.ones(4)
+data = ff.Transitions(observations, actions, rewards, masks, observations, actions)
 trained = ff.Trained(ff.OneStep(), (0,), (None,), None, 1)
 """
 
@@ -55,6 +56,16 @@ cases = [
     ("ff.fine_tune(trained, None, 1, normaliser=ff.Normaliser)", "normaliser", "`Normaliser`", "normaliser=Normaliser.of("),
     ("ff.fine_tune(trained, None, 1, normaliser=None)", "envs", "`None`", "envs=gymnasium.vector.SyncVectorEnv("),
     ("ff.FisherDecorator(ff.FisherRao)", "metric", "`FisherRao`", "metric=FisherRao()"),
+    ("ff.OneStep(flow=ff.BehaviourFlow)", "flow", "`BehaviourFlow`", "flow=BehaviourFlow()"),
+    ("ff.BehaviourCloning(flow=policy)", "flow", "FlowPolicy", "flow=fisher_flow.BehaviourFlow()"),
+    ("ff.FlowQLearning(critic=ff.BehaviourFlow())", "critic", "BehaviourFlow", "critic=fisher_flow.TemporalDifference()"),
+    # one thing for another
+    ("ff.FisherDecorator(radius='0.5')", "radius", "'0.5'", "radius=0.5"),
+    ("ff.TemporalDifference(aggregate='min')", "aggregate", "'min'", "aggregate=jax.numpy.min"),
+    ("ff.ValueFlow(discount=1.5)", "discount", "1.5", "discount=0.99"),
+    ("ff.train(ff.OneStep(), data, 1, seeds=3)", "seeds", "`3`", "seeds=range(3)"),
+    ("ff.train(ff.OneStep(), data, 1, seeds=(0, 1.5))", "seeds", "(0, 1.5)", "seeds=range(5)"),
+    ("ff.Transitions.from_episodes([np.zeros(3)], [actions[:2]], [np.zeros(2)], False)", "terminated", "`False`", "terminated=[False]"),
     # shapes
     ("ff.Ensemble([critic, lambda o, a: a])(observation, action)", "critics", "(2,)", "lambda observation, action: critic(observation, action).mean()"),
     ("ff.published_settings('reacher-v2')", "task", "reacher-v2", "FisherDecorator("),

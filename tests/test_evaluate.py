@@ -176,7 +176,9 @@ def test_environments_in_processes_of_their_own():
     assert np.array_equal(episodes.lengths, [20, 20, 20])
 
 
-def test_a_number_of_episodes_that_is_none():
+def test_episodes_that_cannot_be_played():
+    with pytest.raises(ValueError, match=r"`envs` must be a vector .*`envs=gymnasium.vector"):
+        ff.evaluate(Noisy(), Walk())  # pyright: ignore
     with pytest.raises(ValueError, match=r"`num_episodes` must .* `0`. Write `num_episodes=10`"):
         ff.rollout(Noisy(), SyncVectorEnv([Walk]), num_episodes=0)
 

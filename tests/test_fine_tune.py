@@ -261,7 +261,7 @@ def test_evaluations_of_all_seeds_are_after_the_same_updates(tmp_path):
     table = rows_of(tmp_path / "evaluations.csv")
     for seed in ("0", "4"):
         mine = [row["updates"] for row in table if row["seed"] == seed]
-        assert mine == ["20", "40", "53"]
+        assert mine == ["23", "43", "53"]
     results = ff.Results.read(tmp_path / "evaluations.csv", task="none", method="online")
     assert np.array_equal(results.scores("online"), [[0.0, 4.0]])
     assert (4, 53, ["score"]) in rounds
@@ -338,8 +338,18 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"(?s)other `{name}`.*_2'`"):
             fine_tune(other, envs, 20, folder=tmp_path, **options)
-    with pytest.raises(ValueError, match="(?s)other `trained`.*_2'`"):
+    with pytest.raises(ValueError, match="(?s)a run of `fine_tune`.*_2'`"):
         train(num_updates=30, folder=tmp_path)
+    train(num_updates=3, folder=tmp_path / "offline")
+    with pytest.raises(ValueError, match="(?s)a run of `train`.*_2'`"):
+        fine_tune(trained, envs, 20, folder=tmp_path / "offline")
+
+
+def test_the_room_of_a_buffer_is_kept(tmp_path):
+    trained, envs = train(), make()
+    fine_tune(trained, envs, 20, folder=tmp_path)
+    assert fine_tune(trained, envs, 40, folder=tmp_path).num_updates == 43
+    assert max(float(row["buffer_size"]) for row in rows_of(tmp_path / "online.csv")) == 20
 
 
 def test_divergence_is_reported_and_the_checkpoint_before_it_is_kept(tmp_path):

@@ -431,7 +431,12 @@ def test_messages(getkey):
         (lambda: ff.RandomCrop()(transitions(4, (4, 5, 84)), key=getkey()),
          r"got shape \(4, 5, 84\)", "GrayscaleObservation(env, keep_dim=True)"),
         (lambda: encoder.init(images(4, 84, 84), key=getkey()),
-         r"at most 32 channels, but got shape \(4, 84, 84\)", "image[..., None]"),
+         r"at most 32, but got shape \(4, 84, 84\)", "image[..., None]"),
+        (lambda: encoder.init(images(4, 20, 20), key=getkey()),
+         r"got shape \(4, 20, 20\)", "image[..., None]"),
+        (lambda: ff.BehaviourCloning(flow=blind).init(
+            eqx.tree_at(lambda t: t.observations["camera"], data, images(12, 8, 8)), key=getkey()),
+         r"\['camera'\]` looks like a greyscale image, of shape \(8, 8\)", "image[..., None]"),
         (lambda: encoder.init(images(2, 3, 64, 64), key=getkey()),
          "`observation` must have images of shape", "np.moveaxis(image, -3, -1)"),
         (lambda: ff.RandomCrop(probability=3.0), "`probability` must be at most 1, but got 3",

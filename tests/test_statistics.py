@@ -228,8 +228,8 @@ def only(results, column, value):
 
 def test_a_table_by_hand(results):
     assert results.table() == (
-        "Mean [95% bootstrap interval] over 2 seeds; of each run the last evaluation, never the "
-        "best.\n"
+        "Mean [95% bootstrap interval] over 2 seeds; of each run the last evaluation, after 300 "
+        "updates, never the best.\n"
         "\n"
         "| task | flow | refined |\n"
         "| --- | --- | --- |\n"
@@ -245,7 +245,7 @@ def test_the_mean_of_the_last_evaluations(results):
     assert np.allclose(results.scores("flow", last=2), [[4.0, 9.5], [4.0, 4.0]])
     assert np.allclose(results.scores("flow", last=3), [[3.0, 118 / 3], [4.0, 4.0]])
     table = only(results, "task", "pen").table(last=3, decimals=2)
-    assert "of each run the mean of the last 3 evaluations, never the best." in table
+    assert "the mean of the last 3 evaluations, after 300 updates, never the best." in table
     assert table.endswith("| --- | --- |\n| pen | 4.00 [4.00, 4.00] |")
 
 
@@ -289,6 +289,8 @@ def test_files_of_several_processes_that_lack_columns(tmp_path):
         ff.Results.read(*paths)
     with pytest.raises(ValueError, match="two evaluations of method `flow`.* with seed 0"):
         ff.Results.read(paths[0], paths[0], task="hopper", method="flow")
+    with pytest.raises(ValueError, match=r"is a folder. Write .*evaluations.csv'"):
+        ff.Results.read(tmp_path)
     paths[0].write_text("task,method,seed,updates,score\nhopper,flow,0", encoding="utf-8")
     with pytest.raises(ValueError, match=r"0.csv` is not: .* half a row: delete it"):
         ff.Results.read(paths[0])
@@ -304,6 +306,10 @@ row = dict(task="hopper", method="flow", seed=0, updates=10, score=1.0)
         ([row | dict(score="nan")], "finite number for `score`, but row 0 is"),
         ([row | dict(updates=10.5)], "integers for `seed` and `updates` .* row 0 is"),
         ([row, row | dict(seed="first")], "integers for `seed` and `updates` .* row 1 is"),
+        (
+            [{"return" if name == "score" else name: value for name, value in row.items()}],
+            r"a column `score`, but row 0 has .*dict\(row, score=row\[\"return\"\]\)",
+        ),
     ],
 )
 def test_rows_that_are_no_results(rows, message):
@@ -324,6 +330,10 @@ def test_protocols_that_do_not_fit(results):
     cut = ff.Results(row for row in results.rows if (row["seed"], row["updates"]) != (1, 300))
     with pytest.raises(ValueError, match=r"end alike, .*\{0: \[300\], 1: \[200\]\}. Finish"):
         cut.table()
+    # Where all seeds of a method were, it shows.
+    rows = [r for r in results.rows if (r["method"], r["updates"]) != ("refined", 300)]
+    table = ff.Results(rows).table()
+    assert "evaluation, after 300 updates (flow), 200 updates (refined), never" in table
 
 
 def test_learning_curves(results):

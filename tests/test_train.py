@@ -269,6 +269,16 @@ def train_with_short_integers(*args):
         (lambda: train(agent, transitions(), 0), "`num_updates=100000`"),
         (lambda: train(agent, transitions(), 1, seeds=[]), r"`seeds=range\(5\)`"),
         (lambda: train(agent, transitions(), 1, seeds=[1, 1]), "all different"),
+        (lambda: train(agent, transitions(), 1, seeds=[-1]), r"from 0 to 2\*\*32 - 1"),
+        (
+            lambda: train(agent, transitions(), 1, evaluate=lambda *_: 3.0),
+            r"`evaluate` must return a dictionary of numbers, but returned `3.0`",
+        ),
+        (
+            lambda: train(agent, transitions(), 1, evaluate=lambda *_: {"score": np.ones(2)}),
+            r"returned `\{'score': array.*float\(returns.mean\(\)\)",
+        ),
+        (lambda: train(agent, transitions()[:0], 1), "`transitions` must have at least one row"),
         (lambda: train(agent, outside(), 1), r"range from .*`flow=BehaviourFlow\(bounds="),
         (lambda: train(agent, unknown_successors(), 1), "`next_actions` for `OneStep`"),
         (lambda: train(agent, transitions(), 1).policy(7), r"`trained.policy\(0\)`"),
@@ -277,6 +287,37 @@ def train_with_short_integers(*args):
 def test_messages(call, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         call()
+
+
+def test_evaluations_that_are_owed_are_made_up_for(tmp_path):
+    def broken(policy, seed):
+        if seed == 4:
+            raise KeyError("a bug of the user's")
+        return {"score": 1.0}
+
+    options: Any = dict(seeds=[0, 4], folder=tmp_path, evaluate_every=10)
+    with pytest.raises(KeyError):
+        train(averaging, transitions(), 20, evaluate=broken, checkpoint_every=10, **options)
+    # No update is lost, and none is evaluated twice.
+    train(averaging, transitions(), 20, evaluate=lambda *_: {"score": 2.0}, **options)
+    rows = [tuple(row.values()) for row in rows_of(tmp_path / "evaluations.csv")]
+    assert rows == [("0", "10", "1.0"), ("4", "10", "2.0"), ("0", "20", "2.0"), ("4", "20", "2.0")]
+    (tmp_path / "evaluations.csv").unlink()
+    train(averaging, transitions(), 20, evaluate=lambda *_: {"score": 3.0}, **options)
+    assert [row["score"] for row in rows_of(tmp_path / "evaluations.csv")] == ["3.0", "3.0"]
+
+
+def test_evaluations_have_the_same_names(tmp_path):
+    names = lambda policy, seed: {"score" if seed == 0 else "return": 1.0}
+    with pytest.raises(ValueError, match=r"(?s)columns \['score'\], but one of seed 1 .*'return'"):
+        train(averaging, transitions(), 2, seeds=[0, 1], folder=tmp_path, evaluate=names)
+
+
+def test_double_precision_is_cut_without_a_warning():
+    data = transitions()
+    data = eqx.tree_at(lambda t: t.actions, data, data.actions.astype(np.float64))
+    with jax.enable_x64(False):
+        train(averaging, data, 1)
 
 
 class Doubling:

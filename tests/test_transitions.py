@@ -190,6 +190,27 @@ def transitions(**columns):
         (lambda: logged().chunks(13, 0.9), r"`horizon` must leave.*at most 12 rows.*`horizon=6`"),
         (lambda: logged().n_step(0, 0.9), r"`num_steps` must be an integer.*`num_steps=3`"),
         (lambda: logged().n_step(2, -1.0), r"`discount` must be.*`discount=0.99`"),
+        (lambda: logged().n_step(2, 1.5), r"`discount` must be .* from 0 to 1, but got 1.5"),
+        (
+            lambda: transitions(masks=np.ones(4)).n_step(2, 0.9),
+            r"`ends` must say .* several steps ahead, but every one of the 4 rows",
+        ),
+        (lambda: transitions(masks=np.ones(4)).chunks(2, 0.9), r"`ends` must .* chunks of several"),
+        (
+            lambda: ff.Transitions.from_episodes(
+                [np.zeros((3, 2)), np.zeros((3, 4))],
+                [np.zeros((2, 1))] * 2,
+                [np.zeros(2)] * 2,
+                [True, True],
+            ),
+            r"`observations\[1\]` must have rows like .*\[3,4\].*\[3,2\]",
+        ),
+        (
+            lambda: ff.Transitions.from_episodes(
+                [np.zeros((2, 1))], [np.zeros((1, 1))], [np.zeros(1)], [False]
+            ),
+            r"`actions` must have an episode .* got episodes of \[1\] steps",
+        ),
         (lambda: logged().concatenate(logged(False)), r"(?s)`others\[0\]` must.*next_actions=None"),
         (
             lambda: ff.Transitions.from_episodes(*[[np.zeros(3)]] * 3, [True]),  # pyright: ignore

@@ -52,19 +52,28 @@ def check_positive_integer(name: str, value: Any, example: int) -> None:
         )
 
 
-def check_at_least(name: str, value: Any, minimum: float, example: float) -> None:
-    """Refuses what is not one finite number from `minimum` up. Lets traced values through."""
+def check_at_least(
+    name: str, value: Any, minimum: float, example: float, maximum: float = math.inf
+) -> None:
+    """Refuses what is not one finite number from `minimum` up, or to `maximum`. Lets traced values
+    through."""
     if isinstance(value, jax.core.Tracer):
         return
     try:
-        number = float(np.asarray(value))  # NumPy, so that it runs under `jit` too
+        # NumPy, so that it runs under `jit` too; it would read numbers from strings.
+        number = np.nan if isinstance(value, str) else float(np.asarray(value))
     except (TypeError, ValueError):
         number = np.nan
-    if not minimum <= number < np.inf:
+    if not (minimum <= number <= maximum and number < np.inf):
+        size = f"of at least {minimum}" if maximum == np.inf else f"from {minimum} to {maximum}"
+        arrived = repr(value) if isinstance(value, str) else value
         raise ValueError(
-            f"`{name}` must be a finite number of at least {minimum}, but got {value}. Write "
-            f"`{name}={example}`."
+            f"`{name}` must be a finite number {size}, but got {arrived}. Write `{name}={example}`."
         )
+
+
+def check_discount(discount: Any) -> None:
+    check_at_least("discount", discount, 0, 0.99, maximum=1)
 
 
 def batch_length(name: str, tree: PyTree[Any]) -> int:
@@ -140,17 +149,17 @@ _MOST_CHANNELS = 32  # of one frame: colours, or a few frames side by side
 def is_image(leaf: Any, num_batch_axes: int = 0) -> bool:
     """Whether a leaf of an observation is an image, or a stack of frames: `uint8`, of shape
     `(height, width, channels)` or `(frames, height, width, channels)`. Refuses one whose last axis
-    is too long to be the channels."""
+    is too long to be the channels, or whose first is short enough to be them."""
     if jnp.ndim(leaf) - num_batch_axes not in (3, 4) or leaf.dtype != np.uint8:
         return False
     shape = jnp.shape(leaf)[num_batch_axes:]
-    if shape[-1] > _MOST_CHANNELS:
+    if shape[-1] > _MOST_CHANNELS or shape[-3] <= 4 < min(shape[-2:]):
         raise ValueError(
             "`observation` must have images of shape (height, width, channels) or (frames, height, "
-            f"width, channels), with at most {_MOST_CHANNELS} channels, but got shape {shape}. For "
-            "channels that come first write `np.moveaxis(image, -3, -1)`; for greyscale images "
-            "`image[..., None]`, and `GrayscaleObservation(env, keep_dim=True)` before "
-            "`FrameStackObservation`."
+            f"width, channels), the channels last and at most {_MOST_CHANNELS}, but got shape "
+            f"{shape}. For channels that come first write `np.moveaxis(image, -3, -1)`; for "
+            "greyscale images `image[..., None]`, and `GrayscaleObservation(env, keep_dim=True)` "
+            "before `FrameStackObservation`."
         )
     return True
 
@@ -158,6 +167,13 @@ def is_image(leaf: Any, num_batch_axes: int = 0) -> bool:
 def refuse_images(observation: PyTree[Any], example: str) -> None:
     """Refuses to lay the pixels of an image side by side."""
     for path, leaf in jax.tree.leaves_with_path(observation):
+        if leaf.dtype == np.uint8 and jnp.ndim(leaf) == 2 and min(jnp.shape(leaf)) > 4:
+            raise ValueError(
+                f"`observation{jax.tree_util.keystr(path)}` looks like a greyscale image, of shape "
+                f"{jnp.shape(leaf)}. Write `image[..., None]`, or "
+                "`GrayscaleObservation(env, keep_dim=True)`, and "
+                f"`{example}`; if it is none, `observation.astype(np.float32)`."
+            )
         if is_image(leaf):
             raise ValueError(
                 f"`observation{jax.tree_util.keystr(path)}` is an image, of shape "

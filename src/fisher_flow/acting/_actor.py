@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .._misc import check_positive_integer
+from .._misc import check_positive_integer, short
 
 
 @runtime_checkable
@@ -64,9 +64,11 @@ class Actor:
         - `ValueError` if the actions of the policy do not fit the environment.
         """
         if not isinstance(policy, _Samples):
+            example = "Actor(FlowPolicy(velocity, action_shape), env)"
             raise ValueError(
                 "`policy` must have `sample(observation, key=key)`, but got "
-                f"`{policy!r}`. Write `Actor(FlowPolicy(velocity, action_shape), env)`."
+                f"`{short(policy)}`. Write "
+                f"`{'trained.policy()' if callable(getattr(policy, 'policy', None)) else example}`."
             )
         self.policy = policy
         self.deterministic = deterministic

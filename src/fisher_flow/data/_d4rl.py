@@ -69,9 +69,10 @@ def load_d4rl(
         ) from error
     path = Path(path).expanduser()
     if not path.is_file():
+        task = "pendulum" if "pendulum" in path.name.lower() else "halfcheetah"
         raise FileNotFoundError(
             f"The file `{path}` is missing. Put an HDF5 file in the layout of D4RL there, or make "
-            f"one: `python examples/make_data.py halfcheetah --out {path.parent}`."
+            f"one: `python examples/make_data.py {task} --out {path.parent}`."
         )
     if not h5py.is_hdf5(path):
         raise ValueError(

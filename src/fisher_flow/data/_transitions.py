@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -6,7 +6,13 @@ import numpy as np
 from jaxtyping import Bool, Float, PyTree, ScalarLike
 
 from .._custom_types import Data
-from .._misc import check_at_least, check_equal_lengths, check_instance, check_positive_integer
+from .._misc import (
+    check_discount,
+    check_equal_lengths,
+    check_instance,
+    check_positive_integer,
+    short,
+)
 from ._columns import check_finite
 
 
@@ -168,6 +174,11 @@ class Transitions(eqx.Module):
 
         - `ValueError` if the lengths do not match.
         """
+        if np.ndim(terminated) == 0 or any(np.ndim(end) > 0 for end in terminated):
+            raise ValueError(
+                f"`terminated` must have one entry an episode, but got `{short(terminated)}`. "
+                "Write `terminated=[False]` for one episode that was cut off by a time limit."
+            )
         if not len(observations) == len(actions) == len(rewards) == len(terminated) > 0:
             raise ValueError(
                 "`observations`, `actions`, `rewards` and `terminated` must have one entry an "
@@ -175,7 +186,7 @@ class Transitions(eqx.Module):
                 f"{len(terminated)} of them. For a single episode write "
                 "`Transitions.from_episodes([observations], [actions], [rewards], [terminated])`."
             )
-        episodes = []
+        episodes, first = [], {}
         for i, (o, a, r, end) in enumerate(
             zip(observations, actions, rewards, terminated, strict=True)
         ):
@@ -190,6 +201,15 @@ class Transitions(eqx.Module):
                     f"observation more. Write `observations[{i}]=np.concatenate([observations[{i}],"
                     " last_observation[None]])`."
                 )
+            columns = {"observations": o, "actions": a, "rewards": r}
+            for name, column in columns.items():
+                if i > 0 and _shapes(column) != _shapes(first[name]):
+                    raise ValueError(
+                        f"`{name}[{i}]` must have rows like those of `{name}[0]`, but is "
+                        f"{eqx.tree_pformat(column)} and that {eqx.tree_pformat(first[name])}. "
+                        f"Write `{name}[{i}]={name}[{i}][:, columns]`, or leave the episode out."
+                    )
+            first = columns if i == 0 else first
             kept = steps if end else steps - 1
             next_a = np.concatenate([a[1:], np.zeros_like(a[:1])])  # never used where it ends
             episodes.append(
@@ -203,7 +223,15 @@ class Transitions(eqx.Module):
                     np.arange(kept) == kept - 1,
                 )
             )
-        return Transitions(*jax.tree.map(lambda *leaves: np.concatenate(leaves), *episodes))
+        columns = jax.tree.map(lambda *leaves: np.concatenate(leaves), *episodes)
+        if len(columns[1]) == 0:
+            raise ValueError(
+                "`actions` must have an episode that terminated or has two steps or more, since "
+                "the last row of any other is dropped, but got episodes of "
+                f"{[len(r) for r in rewards[:10]]} steps. Write `terminated=[True] * "
+                f"{len(rewards)}` if they are over after that."
+            )
+        return Transitions(*columns)
 
     def n_step(self, num_steps: int, discount: ScalarLike) -> "Transitions":
         r"""Transitions over several steps, $\bigl(o_t, a_t, \sum_{i<n} \gamma^i r_{t+i},
@@ -216,9 +244,15 @@ class Transitions(eqx.Module):
 
         - `num_steps`: the number of steps $n$.
         - `discount`: the discount $\gamma$ that the agent is trained with.
+
+        **Raises:**
+
+        - `ValueError` if the rows are in no order.
         """
         check_positive_integer("num_steps", num_steps, 3)
-        check_at_least("discount", discount, 0, 0.99)
+        check_discount(discount)
+        if num_steps > 1:
+            self._require_order("to look several steps ahead")
         # In goal-free play an episode terminates, by the masks of a task, in midst of a trajectory.
         last = _last_rows(np.asarray(self.ends) | (np.asarray(self.masks) == 0))
         rows = np.arange(len(self))
@@ -240,6 +274,18 @@ class Transitions(eqx.Module):
             self.ends,
         )
 
+    def _require_order(self, purpose: str) -> None:
+        # Where every row terminates, as in a bandit, there is nothing to look ahead to.
+        if len(self) > 1 and np.all(self.ends) and np.any(self.masks):
+            self._raise_no_order(purpose)
+
+    def _raise_no_order(self, purpose: str) -> NoReturn:
+        raise ValueError(
+            f"`ends` must say where trajectories end {purpose}, but every one of the {len(self)} "
+            "rows is a trajectory of its own. Write `Transitions(..., ends=ends)`, or "
+            "`Transitions.from_episodes(...)`."
+        )
+
     def chunks(self, horizon: int, discount: ScalarLike) -> "Transitions":
         r"""Transitions of chunks of actions: of every run of `horizon` rows, the actions of shape
         `(horizon, *action)`, the discounted sum of the rewards and where the run led.
@@ -255,9 +301,11 @@ class Transitions(eqx.Module):
 
         **Raises:**
 
-        - `ValueError` if no trajectory is long enough.
+        - `ValueError` if the rows are in no order, or no trajectory is long enough.
         """
         check_positive_integer("horizon", horizon, 5)
+        if horizon > 1:
+            self._require_order("for chunks of several actions")
         last = _last_rows(np.asarray(self.ends))
         rows = np.arange(len(self))
         stop = rows + horizon - 1
@@ -312,11 +360,7 @@ class Transitions(eqx.Module):
         check_positive_integer("num_frames", num_frames, 3)
         ends, rows = np.asarray(self.ends), np.arange(len(self))
         if ends.all() and len(self) > 1:
-            raise ValueError(
-                "`ends` must say where trajectories end for frames to be stacked, but every one of "
-                f"the {len(self)} rows is a trajectory of its own. Write `Transitions(..., "
-                "ends=ends)`, or `Transitions.from_episodes(...)`."
-            )
+            self._raise_no_order("for frames to be stacked")
         # At most so many rows: images are large, and what goes wrong here does so everywhere.
         inside = np.flatnonzero(~ends[:-1])
         inside = inside[:: max(1, len(inside) // 1000)]

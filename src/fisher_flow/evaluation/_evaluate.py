@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Float, Int
 
-from .._misc import check_positive_integer
+from .._misc import check_positive_integer, short
 from ..acting import Actor
 from ..data import Transitions
 from ..data._columns import single_precision
@@ -205,8 +205,17 @@ def collect(
     return Transitions(*jax.tree.map(lambda *columns: np.concatenate(columns), *parts))
 
 
+def check_vector_environment(envs: Any) -> None:
+    if getattr(envs, "num_envs", None) is None:
+        raise ValueError(
+            f"`envs` must be a vector environment, but got `{short(envs)}`. Write "
+            "`envs=gymnasium.vector.SyncVectorEnv([make_env] * 10)`."
+        )
+
+
 def _play(policy, envs, num_episodes, seed, max_steps, write=None):
     """Plays episodes, and hands the columns of the transitions of each to `write`, if given."""
+    check_vector_environment(envs)
     num_episodes = envs.num_envs if num_episodes is None else num_episodes
     check_positive_integer("num_episodes", num_episodes, 10)
     check_positive_integer("max_steps", max_steps, 100_000)

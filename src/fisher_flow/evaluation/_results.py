@@ -109,6 +109,11 @@ class Results:
         """
         rows = []
         for path in paths:
+            if os.path.isdir(path):
+                raise ValueError(
+                    f"`paths` must be CSV files, but `{path}` is a folder. Write "
+                    f"`Results.read({os.path.join(path, 'evaluations.csv')!r}, ...)`."
+                )
             with open(path, newline="", encoding="utf-8") as stream:
                 for row in csv.DictReader(stream):
                     if None in row or None in row.values():
@@ -215,6 +220,7 @@ class Results:
         seeds += " seed" if lengths == {1} else " seeds"
         intervals = "" if lengths == {1} else " [95% bootstrap interval]"
         ends = "the last evaluation" if last == 1 else f"the mean of the last {last} evaluations"
+        ends += self._after()
         rows = [["task", *self.methods], ["---"] * (1 + len(self.methods))]
         for task in self.tasks:
             scores = [cells.get((task, method)) for method in self.methods]
@@ -336,6 +342,16 @@ class Results:
             for seed, end in ends.items()
         }
 
+    def _after(self) -> str:
+        """How many updates the runs made: a run that was cut short shows."""
+        made: dict[str, set[int]] = {method: set() for method in self.methods}
+        for (_, method, _), evaluations in self._runs.items():
+            made[method].add(max(evaluations))
+        if len(set().union(*made.values())) == 1:
+            return f", after {max(made[self.methods[0]])} updates"
+        counts = {m: " to ".join(str(x) for x in sorted({min(n), max(n)})) for m, n in made.items()}
+        return f", after {', '.join(f'{n} updates ({m})' for m, n in counts.items())}"
+
     def _complete(self, method: str, last: int) -> list[dict[int, float]]:
         """The scores that count on each task, where all tasks have the same seeds."""
         check_positive_integer("last", last, 1)
@@ -369,6 +385,13 @@ class Results:
 
 def _as_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     missing = [name for name in _columns if name not in row]
+    if "score" in missing:
+        others = [name for name in row if name not in _columns]
+        raise ValueError(
+            f"`rows` must have a column `score`, but row {index} has {', '.join(row)}. Write "
+            f'`dict(row, score=row["{others[0] if others else "return"}"])` for each row, or let '
+            'what evaluates return `{"score": float(returns.mean())}`.'
+        )
     if missing:
         raise ValueError(
             f"`rows` must have the columns {', '.join(_columns)}, but row {index} has "

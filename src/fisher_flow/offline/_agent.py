@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._misc import check_at_least, check_positive_integer
+from .._misc import check_at_least, check_instance, check_positive_integer
 from .._training import apply_gradient
 from ..data import Transitions
 from ..encoders import AbstractEncoder, make_encoder
 from ..flows import AbstractPolicy, flow_matching_loss, FlowPolicy, VelocityMLP
+from ..values import AbstractCriticLearning
 
 
 class AbstractAgent(eqx.Module):
@@ -95,6 +96,14 @@ class Learner(eqx.Module):
 
     def step(self, gradient: Any, optimiser: optax.GradientTransformation) -> "Learner":
         return Learner(*apply_gradient(optimiser, gradient, self.optimiser_state, self.model))
+
+
+def check_parts(flow: Any, critic: Any = None) -> None:
+    """Refuses what is no flow, or no critic, of an agent."""
+    check_instance("flow", flow, BehaviourFlow, "fisher_flow.BehaviourFlow()")
+    if critic is not None:
+        example = "fisher_flow.TemporalDifference()"
+        check_instance("critic", critic, AbstractCriticLearning, example)
 
 
 class BehaviourFlow(eqx.Module):

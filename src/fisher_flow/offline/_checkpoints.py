@@ -7,6 +7,12 @@ import equinox as eqx
 import jax
 
 
+def recorded_in(folder: str | os.PathLike[str], name: str) -> str | None:
+    """An entry of the description of the run in a folder, if there is one."""
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")).get(name) if path.exists() else None
+
+
 class Checkpoints:
     """The checkpoints of a run in a folder: the last two, each written whole or not at all."""
 
@@ -30,6 +36,12 @@ class Checkpoints:
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))
             for name in description | there:
+                if name == "trained" and (name in there) != (name in description):
+                    raise ValueError(
+                        f"`folder={str(self.folder)!r}` holds a run of "
+                        f"`{'fine_tune' if name in there else 'train'}`, and this is another "
+                        f"function. Write `folder={str(self.folder) + '_2'!r}`."
+                    )
                 if there.get(name) != description.get(name):
                     raise ValueError(
                         f"`folder={str(self.folder)!r}` holds a run with other `{name}`:\n"

@@ -18,13 +18,15 @@ from ..data import Normaliser, Transitions
 from ..data._stored import checksum
 from ..data._transitions import TooShortError
 from ..evaluation import collect
+from ..evaluation._evaluate import check_vector_environment
 from ._agent import AbstractAgent
-from ._checkpoints import Checkpoints
+from ._checkpoints import Checkpoints, recorded_in
 from ._log import Log, Logger
 from ._normalised_policy import NormalisedPolicy
 from ._sampling import BalancedSampling, ReplayBuffer
 from ._train import (
     check_bounds,
+    checked_scores,
     describe,
     Evaluate,
     finite_numbers,
@@ -97,7 +99,7 @@ def fine_tune(
         behaviour = fisher_flow.FlowPolicy(velocity, action_shape=(1,), bounds=(-2, 2))
         transitions = fisher_flow.collect(behaviour, envs, num_episodes=20)
 
-        agent = fisher_flow.OneStep(
+        agent = fisher_flow.FlowQLearning(
             flow=fisher_flow.BehaviourFlow(width_size=32, depth=2, bounds=(-2.0, 2.0)),
             critic=fisher_flow.TemporalDifference(width_size=32, depth=2),
         )
@@ -130,11 +132,13 @@ def fine_tune(
     - `online_share`: the share of each batch that comes from the buffer; `None` to draw from the
         union of buffer and logged transitions.
     - `batch_size`: the number of transitions in an update, drawn with replacement.
-    - `capacity`: the number of rows of the buffer, on the device; by default `num_steps`. When it
-        is full the oldest make way. Fixed in a `folder`: to go on with more steps later, give it.
+    - `capacity`: the number of rows of the buffer, on the device; by default `num_steps`, or what
+        it was in the `folder`, where it is fixed. When it is full the oldest make way. To go on
+        with more steps later and keep them all, make it larger from the first.
     - `evaluate`: called as `evaluate(policy, seed)` for every seed, with the policy as `train`
         does; returns a dictionary of numbers, which are logged.
-    - `evaluate_every`: the number of updates between evaluations; by default once, at the end.
+    - `evaluate_every`: the number of updates between evaluations, from those of the training on;
+        by default once, at the end.
     - `folder`: where to write `online.csv`, `evaluations.csv` and checkpoints; another one than
         that of the training. Updates are counted on from those of the training. A row of
         `online.csv` is a round that made updates: the statistics that the agent logs, averaged
@@ -180,11 +184,7 @@ def fine_tune(
     check_instance("trained", trained, Trained, "fisher_flow.train(agent, transitions, 100_000)")
     if normaliser is not None:
         check_instance("normaliser", normaliser, Normaliser, "Normaliser.of(transitions)")
-    if getattr(envs, "num_envs", None) is None:
-        raise ValueError(
-            f"`envs` must be a vector environment, but got `{short(envs)}`. Write "
-            "`envs=gymnasium.vector.SyncVectorEnv([make_env] * 10)`."
-        )
+    check_vector_environment(envs)
     check_positive_integer("num_steps", num_steps, 100_000)
     check_at_least("updates_per_step", updates_per_step, 0, 1.0)
     first = trained.num_updates
@@ -206,7 +206,9 @@ def fine_tune(
             "`online_share` must be a number from 0 to 1, or `None` for the union of both, but "
             f"got `{online_share!r}`. Write `online_share=0.5`."
         )
-    capacity = num_steps if capacity is None else capacity
+    if capacity is None:
+        recorded = None if folder is None else recorded_in(folder, "capacity")
+        capacity = num_steps if recorded is None else int(recorded)
     evaluate_every = last if evaluate_every is None else evaluate_every
     if checkpoint_every is None:
         checkpoint_every = max(1, (last - first) // 10)
@@ -255,7 +257,7 @@ def fine_tune(
     settings, augment = numbers_as_arrays((agent, augment), transitions)
     settled = when_to_settle(last)
     observations = some_observations(transitions, 0)
-    stops = sorted(settled | set(range(evaluate_every, last, evaluate_every)))
+    stops = sorted(settled | set(range(first + evaluate_every, last, evaluate_every)))
 
     def play(run: _Run, seed: int) -> tuple[Transitions, int]:
         """The episodes of a round, as they come, and the seed of the first of them."""
@@ -282,9 +284,10 @@ def fine_tune(
             for name, mean in finite_numbers(means, seed, end).items():
                 totals[name] = totals.get(name, 0.0) + mean * (end - start) / (stop - begin)
             start = end
-            if evaluate is not None and (end % evaluate_every == 0 or end == last):
+            is_due = (end - first) % evaluate_every == 0 or end == last
+            if evaluate is not None and is_due:
                 policy = make_policy(agent, state, transitions, seed)
-                log.write("evaluations", seed, end, evaluate(policy, seed))
+                log.write("evaluations", seed, end, checked_scores(evaluate(policy, seed)))
         return _Run(state, run.buffer, run.num_steps, jnp.asarray(stop)), totals
 
     def make_round(run: _Run, seed: int) -> _Run:

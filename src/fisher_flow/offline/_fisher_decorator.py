@@ -24,7 +24,15 @@ from ..refinement import BestOf, RefinedPolicy, Residual
 from ..refinement._refine import calibrate, has_open_score, is_open
 from ..refinement._residual import NetworkDisplacement, zero_network
 from ..values import AbstractCriticLearning, TemporalDifference
-from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner, require_next_actions
+from ._agent import (
+    AbstractAgent,
+    adam,
+    BehaviourFlow,
+    check_parts,
+    first,
+    Learner,
+    require_next_actions,
+)
 
 
 class FisherDecoratorState(eqx.Module):
@@ -106,6 +114,7 @@ class FisherDecorator(AbstractAgent):
         """
         check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")
         check_at_least("radius", radius, 0, 0.5)
+        check_parts(flow, critic)
         check_positive_integer("num_candidates", num_candidates, 1)
         self.metric = metric
         self.radius = radius

@@ -13,7 +13,7 @@ from ..encoders import make_encoder
 from ..flows import AbstractPolicy, ActionMLP, OneStepPolicy
 from ..refinement import BestOf
 from ..values import AbstractCriticLearning, TemporalDifference
-from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner
+from ._agent import AbstractAgent, adam, BehaviourFlow, check_parts, first, Learner
 
 
 class FlowQState(eqx.Module):
@@ -75,6 +75,7 @@ class FlowQLearning(AbstractAgent):
         - `learning_rate`: the rate of Adam for the critic and the actor.
         """
         check_at_least("coefficient", coefficient, 0, 1.0)
+        check_parts(flow, critic)
         check_positive_integer("num_candidates", num_candidates, 1)
         self.flow = flow
         self.critic = critic

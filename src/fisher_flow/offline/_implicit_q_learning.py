@@ -13,7 +13,7 @@ from ..flows import AbstractPolicy
 from ..refinement import AbstractRefinement, BestOf, refine
 from ..values import AbstractCriticLearning, TemporalDifference
 from ..values._critic import QNetwork, ValueNetwork
-from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner
+from ._agent import AbstractAgent, adam, BehaviourFlow, check_parts, first, Learner
 
 
 class ImplicitQState(eqx.Module):
@@ -85,6 +85,7 @@ class ImplicitQLearning(AbstractAgent):
         - `learning_rate`: the rate of Adam for the critic and the value.
         """
         check_at_least("expectile", expectile, 0, 0.9)
+        check_parts(flow, critic)
         check_positive_integer("num_candidates", num_candidates, 32)
         self.flow = flow
         self.critic = critic

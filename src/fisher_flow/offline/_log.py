@@ -17,22 +17,32 @@ class Log:
     def __init__(self, folder: str | os.PathLike[str] | None, loggers: Sequence[Logger]):
         self.folder = None if folder is None else Path(folder)
         self.loggers = tuple(loggers)
+        self._evaluated: set[tuple[int, int]] = set()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, file: str, seed: int, updates: int, values: dict[str, float]) -> None:
+        row = {"seed": seed, "updates": updates, **values}
+        path, new = None, False
+        if self.folder is not None:
+            path = self.folder / f"{file}.csv"
+            new = not path.exists() or path.stat().st_size == 0  # killed before its first row
+            if not new:
+                _check_columns(path, row)
         for logger in self.loggers:
             logger(seed, updates, values)
-        if self.folder is None:
+        if file == "evaluations":
+            self._evaluated.add((seed, updates))
+        if path is None:
             return
-        path = self.folder / f"{file}.csv"
-        row = {"seed": seed, "updates": updates, **values}
-        new = not path.exists() or path.stat().st_size == 0  # killed before its first row
         with open(path, "a", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, row)
             if new:
                 writer.writeheader()
             writer.writerow(row)
+
+    def has_evaluation(self, seed: int, updates: int) -> bool:
+        return (seed, updates) in self._evaluated
 
     def forget_after(self, updates: dict[int, int]) -> None:
         """Removes the rows of updates that a resumed run is going to make again: of each seed those
@@ -48,6 +58,8 @@ class Log:
             # A run that was killed may have left half a row, or of the header half or nothing.
             whole = [row for row in rows if len(row) == len(header)]
             kept = [row for row in whole if int(row[1]) <= updates[int(row[0])]]
+            if name == "evaluations":
+                self._evaluated = {(int(row[0]), int(row[1])) for row in kept}
             if len(kept) == 0:
                 path.unlink()
                 continue
@@ -62,6 +74,18 @@ class Log:
                 close = getattr(logger, "close", None)
                 if close is not None:
                     stack.callback(close)
+
+
+def _check_columns(path: Path, row: dict[str, float]) -> None:
+    with open(path, newline="", encoding="utf-8") as stream:
+        header = next(csv.reader(stream))
+    if header != list(row):
+        raise ValueError(
+            f"The rows of `{path}` must all have the columns {header[2:]}, but one of seed "
+            f"{row['seed']} after {row['updates']} updates has {list(row)[2:]}. Write an "
+            "`evaluate` that returns the same names, in one order, every time; for others name a "
+            "new `folder`."
+        )
 
 
 class TensorBoard:

@@ -9,7 +9,15 @@ from ..data import Transitions
 from ..flows import AbstractPolicy
 from ..refinement import AbstractRefinement, BestOf, NaturalStep, refine
 from ..values import AbstractCriticLearning, TemporalDifference
-from ._agent import AbstractAgent, adam, BehaviourFlow, first, Learner, require_next_actions
+from ._agent import (
+    AbstractAgent,
+    adam,
+    BehaviourFlow,
+    check_parts,
+    first,
+    Learner,
+    require_next_actions,
+)
 
 
 class OneStepState(eqx.Module):
@@ -70,6 +78,7 @@ class OneStep(AbstractAgent):
             1 for none.
         - `learning_rate`: the rate of Adam for the critic.
         """
+        check_parts(flow, critic)
         check_positive_integer("num_candidates", num_candidates, 8)
         self.flow = flow
         self.critic = critic

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -145,7 +146,8 @@ def train(
         transitions to learn from instead, for example [`fisher_flow.RandomCrop`][]. A run in a
         `folder` goes on with a function of the same name; its code is not compared.
     - `evaluate`: called as `evaluate(policy, seed)` for every seed; returns a dictionary of
-        numbers, which are logged.
+        numbers, always of the same names, which are logged. An evaluation that a run in a `folder`
+        still owes where it is taken up, finished or not, is made up for.
     - `evaluate_every`: the number of updates between evaluations; by default once, at the end.
     - `folder`: where to write `train.csv` (the statistics that the agent logs, averaged over the
         updates since the last row), `evaluations.csv` and checkpoints.
@@ -186,12 +188,7 @@ def train(
         ("log_every", log_every, 1000),
     ):
         check_positive_integer(name, value, example)
-    seeds = tuple(int(seed) for seed in seeds)
-    if len(seeds) == 0 or len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"`seeds` must be one or more integers, all different, but got `{seeds}`. "
-            "Write `seeds=range(5)`."
-        )
+    seeds = _checked_seeds(seeds)
     check_augment(augment)
     check_num_rows(transitions)
     check_bounds(agent, transitions)
@@ -234,12 +231,23 @@ def train(
 
     from tqdm.auto import tqdm  # only here: it is slow to import
 
+    def evaluate_all(stop: int) -> None:
+        if evaluate is None or not (stop % evaluate_every == 0 or stop == num_updates):
+            return
+        for seed, state in zip(seeds, states, strict=True):
+            if not log.has_evaluation(seed, stop):
+                policy = make_policy(agent, state, transitions, seed)
+                scores = checked_scores(evaluate(policy, seed))
+                log.write("evaluations", seed, stop, scores)
+
     name = type(agent).__name__
     bar = tqdm(total=num_updates, initial=start, desc=name, disable=not progress)
     with bar, contextlib.ExitStack() as stack:
         for opened in (checkpoints, log, feed):
             if opened is not None:
                 stack.callback(opened.close)
+        if start > 0:  # a run that was stopped in the midst of its evaluations
+            evaluate_all(start)
         for stop in sorted(stop for stop in stops if stop > start):
             if start in settled:
                 states = [
@@ -259,14 +267,41 @@ def train(
             for seed, values in zip(seeds, logs, strict=True):
                 log.write("train", seed, stop, finite_numbers(values, seed, stop))
             bar.set_postfix({key: f"{float(value):.3g}" for key, value in logs[0].items()})
-            if evaluate is not None and (stop % evaluate_every == 0 or stop == num_updates):
-                for seed, state in zip(seeds, states, strict=True):
-                    policy = make_policy(agent, state, transitions, seed)
-                    log.write("evaluations", seed, stop, evaluate(policy, seed))
-            # After the rows of this update, so that no row before a checkpoint is ever missing.
+            # After the rows of this update, so that no row before a checkpoint is ever missing; and
+            # before its evaluations, which may fail and are made up for.
             if checkpoints is not None and (stop % checkpoint_every == 0 or stop == num_updates):
                 checkpoints.save(stop, states)
+            evaluate_all(stop)
     return Trained(agent, seeds, tuple(states), transitions, num_updates, given_augment)
+
+
+def _checked_seeds(seeds: Any) -> tuple[int, ...]:
+    try:
+        checked = tuple(operator.index(seed) for seed in seeds)
+        valid = 0 < len(checked) == len(set(checked)) and 0 <= min(checked) <= max(checked) < 2**32
+    except TypeError:
+        checked, valid = (), False
+    if not valid:
+        try:
+            example = f"range({max(1, operator.index(seeds))})"
+        except TypeError:
+            example = "range(5)"
+        raise ValueError(
+            "`seeds` must be one or more integers from 0 to 2**32 - 1, all different, but got "
+            f"`{short(seeds)}`. Write `seeds={example}`."
+        )
+    return checked
+
+
+def checked_scores(values: Any) -> dict[str, float]:
+    """What `evaluate` returned, as numbers."""
+    try:
+        return {str(name): float(np.asarray(value)) for name, value in dict(values).items()}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`evaluate` must return a dictionary of numbers, but returned `{short(values)}`. "
+            'Write `return {"score": float(returns.mean())}`.'
+        ) from None
 
 
 def _advance(update, args, learners, start, stop, key):
@@ -317,7 +352,7 @@ def _update_all(args, states, key, step):
 
 def numbers_as_arrays(settings: Any, transitions: Transitions) -> Any:
     """Agents that differ in numbers alone share one compilation."""
-    dtype = transitions.actions.dtype
+    dtype = jax.dtypes.canonicalize_dtype(transitions.actions.dtype)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, settings)
 
 
@@ -363,6 +398,12 @@ def check_augment(augment: Any) -> None:
 
 
 def check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
+    if len(transitions) == 0:
+        raise ValueError(
+            "`transitions` must have at least one row, but has none. Write "
+            "`transitions=Transitions.from_episodes(...)`, of episodes that have ended or of two "
+            "steps or more."
+        )
     flow = getattr(agent, "flow", None)
     if not isinstance(flow, BehaviourFlow):
         return
@@ -376,8 +417,8 @@ def check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
         raise ValueError(
             f"`transitions.actions` must lie within the agent's bounds {flow.bounds}, but they "
             f"range from {least:.4g} to {most:.4g}. Rescale them to the bounds, and the "
-            "environment with `gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)`, or write "
-            f"`flow=BehaviourFlow(bounds=({least:.4g}, {most:.4g}))`."
+            "environment with `gymnasium.wrappers.RescaleAction(env, np.float32(-1), "
+            f"np.float32(1))`, or write `flow=BehaviourFlow(bounds=({least:.4g}, {most:.4g}))`."
         )
 
 

@@ -12,6 +12,14 @@ from .._custom_types import Action, Data, Observation
 from ..encoders import AbstractEncoder
 
 
+def check_aggregate(aggregate: Any) -> None:
+    if not callable(aggregate):
+        raise ValueError(
+            "`aggregate` must be a function from the values of the members to one, but got "
+            f"`{aggregate!r}`. Write `aggregate=jax.numpy.min`."
+        )
+
+
 class AbstractCriticLearning(eqx.Module):
     """Abstract base class for how the critic of an agent is made and learned.
 

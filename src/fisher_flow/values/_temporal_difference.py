@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Data, Observation
-from .._misc import check_at_least, check_positive_integer
+from .._misc import check_at_least, check_discount, check_positive_integer
 from ..encoders import AbstractEncoder, make_encoder
 from ._critic import QEnsemble
-from ._critic_learning import AbstractCriticLearning
+from ._critic_learning import AbstractCriticLearning, check_aggregate
 
 
 class TemporalDifference(AbstractCriticLearning):
@@ -56,8 +56,9 @@ class TemporalDifference(AbstractCriticLearning):
         check_positive_integer("num_members", num_members, 2)
         check_positive_integer("width_size", width_size, 512)
         check_positive_integer("depth", depth, 4)
-        check_at_least("discount", discount, 0, 0.99)
-        check_at_least("target_rate", target_rate, 0, 0.005)
+        check_discount(discount)
+        check_at_least("target_rate", target_rate, 0, 0.005, maximum=1)
+        check_aggregate(aggregate)
         self.num_members = num_members
         self.width_size = width_size
         self.depth = depth

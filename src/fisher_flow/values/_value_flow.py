@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._custom_types import Action, Data, Observation
-from .._misc import check_at_least, check_positive_integer, encode, ravel_inputs
+from .._misc import check_at_least, check_discount, check_positive_integer, encode, ravel_inputs
 from ..encoders import AbstractEncoder, EncoderNetwork, make_encoder
 from ._critic import QNetwork
-from ._critic_learning import AbstractCriticLearning
+from ._critic_learning import AbstractCriticLearning, check_aggregate
 
 
 class FlowEnsemble(eqx.Module):
@@ -133,8 +133,9 @@ class ValueFlow(AbstractCriticLearning):
         check_positive_integer("num_members", num_members, 2)
         check_positive_integer("width_size", width_size, 512)
         check_positive_integer("depth", depth, 4)
-        check_at_least("discount", discount, 0, 0.99)
-        check_at_least("target_rate", target_rate, 0, 0.005)
+        check_discount(discount)
+        check_aggregate(aggregate)
+        check_at_least("target_rate", target_rate, 0, 0.005, maximum=1)
         self.num_members = num_members
         self.width_size = width_size
         self.depth = depth
