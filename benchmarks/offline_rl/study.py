@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,9 +88,17 @@ def measured_kl(policy: fisher_flow.AbstractPolicy, critic: Any, observations: A
     return float(fisher_flow.certify(policy, critic, observations, key=jr.key(0)).total_kl)
 
 
-def study(task: str, args: argparse.Namespace, done: set[tuple[str, str, int]]) -> None:
-    """Trains and plays every agent on a task, and writes a row for each as soon as it is known."""
-    transitions, make_env, is_success = load_task(task, args.data)
+class Problem(NamedTuple):
+    """A task: what to learn from, and what a policy that was learned scores."""
+
+    transitions: fisher_flow.Transitions
+    observations: Any  # some of them, to measure a KL on
+    play: Callable[[fisher_flow.AbstractPolicy, int], float]  # of a policy and a training seed
+    envs: gymnasium.vector.VectorEnv
+
+
+def load_problem(task: str, folder: Path, num_episodes: int) -> Problem:
+    transitions, make_env, is_success = load_task(task, folder)
     transitions = transitions.n_step(TASKS[task].num_steps, discount=0.99)
     normaliser = fisher_flow.Normaliser.of(transitions)
     transitions = normaliser.transitions(transitions)
@@ -98,14 +107,21 @@ def study(task: str, args: argparse.Namespace, done: set[tuple[str, str, int]]) 
     rows = np.random.default_rng(0).permutation(len(transitions))[:512]
     observations = jnp.asarray(transitions.observations[rows])
     # An environment of OGBench takes 150 MB.
-    envs = gymnasium.vector.SyncVectorEnv([make_env] * min(args.episodes, 20))
+    envs = gymnasium.vector.SyncVectorEnv([make_env] * min(num_episodes, 20))
 
     def play(policy: fisher_flow.AbstractPolicy, seed: int) -> float:
         policy = fisher_flow.NormalisedPolicy(policy, normaliser)
         # Start states that are the same for all methods, and not in the data.
-        options = dict(num_episodes=args.episodes, seed=1_000_000 * (seed + 1))
+        options = dict(num_episodes=num_episodes, seed=1_000_000 * (seed + 1))
         episodes = fisher_flow.rollout(policy, envs, **options)
         return float(100 * episodes.successes.mean() if is_success else episodes.returns.mean())
+
+    return Problem(transitions, observations, play, envs)
+
+
+def study(task: str, args: argparse.Namespace, done: set[tuple[str, str, int]]) -> None:
+    """Trains and plays every agent on a task, and writes a row for each as soon as it is known."""
+    transitions, observations, play, envs = load_problem(task, args.data, args.episodes)
 
     def record(method: str, seed: int, policy: Any, critic: Any, seconds: float) -> None:
         row = dict(
