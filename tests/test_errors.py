@@ -57,6 +57,7 @@ cases = [
     ("ff.fine_tune(trained, None, 1, normaliser=None)", "envs", "`None`", "envs=gymnasium.vector.SyncVectorEnv("),
     ("ff.FisherDecorator(ff.FisherRao)", "metric", "`FisherRao`", "metric=FisherRao()"),
     ("ff.OneStep(flow=ff.BehaviourFlow)", "flow", "`BehaviourFlow`", "flow=BehaviourFlow()"),
+    ("ff.OneStep(critic=None)", "critic", "`None`", "critic=fisher_flow.TemporalDifference()"),
     ("ff.BehaviourCloning(flow=policy)", "flow", "FlowPolicy", "flow=fisher_flow.BehaviourFlow()"),
     ("ff.FlowQLearning(critic=ff.BehaviourFlow())", "critic", "BehaviourFlow", "critic=fisher_flow.TemporalDifference()"),
     # one thing for another
@@ -66,6 +67,7 @@ cases = [
     ("ff.train(ff.OneStep(), data, 1, seeds=3)", "seeds", "`3`", "seeds=range(3)"),
     ("ff.train(ff.OneStep(), data, 1, seeds=(0, 1.5))", "seeds", "(0, 1.5)", "seeds=range(5)"),
     ("ff.Transitions.from_episodes([np.zeros(3)], [actions[:2]], [np.zeros(2)], False)", "terminated", "`False`", "terminated=[False]"),
+    ("ff.Transitions.from_episodes([np.zeros(3)], [actions[:2]], [np.zeros(2)], [np.zeros(2), np.zeros(3)])", "terminated", "[array", "terminated=[bool(end[-1]) for end in terminated]"),
     # shapes
     ("ff.Ensemble([critic, lambda o, a: a])(observation, action)", "critics", "(2,)", "lambda observation, action: critic(observation, action).mean()"),
     ("ff.published_settings('reacher-v2')", "task", "reacher-v2", "FisherDecorator("),

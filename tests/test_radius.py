@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_flow.refinement._radius import scale_to_radius
+import fisher_flow as ff
+from fisher_flow.refinement._radius import scale_to_radius, scaled
 
 
 def kl(scale):
@@ -41,6 +42,31 @@ def test_what_is_spent_or_not_finite_leaves_no_length(radius, nothing):
         measure, radius, jnp.asarray(0.1), max_folded=0.0, after_others=True
     )
     assert scale == 0 and measured == 0
+
+
+@pytest.mark.parametrize("initial", [1e-4, 1e-2, 1.0])
+def test_what_is_left_of_a_radius_is_found(initial):
+    measure = lambda scale: ((0.95 + scale) ** 2, jnp.zeros(()))
+    scale, measured = scale_to_radius(
+        measure, 1.0, jnp.asarray(initial), max_folded=0.0, after_others=True
+    )
+    assert measured >= 0.99 and np.allclose(scale, 0.05, rtol=0.11)
+
+
+def test_a_displacement_that_is_not_finite_is_no_fold_of_earlier_maps():
+    policy = ff.FlowPolicy(lambda t, x, o: (2 * t - 1) / (t**2 + (1 - t) ** 2) * x, (1,))
+    a = jnp.linspace(-1.0, 1.0, 10)[:, None]
+    δ = jnp.where(jnp.arange(10)[:, None] < 3, jnp.inf, 1.0)
+
+    def measure(scale):
+        terms = jax.vmap(lambda a, δ: ff.TransportKL().terms(policy, None, a, δ, jnp.zeros((1, 1))))
+        kl, folded, _ = terms(a, scaled(scale, δ))
+        return jnp.mean(kl), jnp.mean(folded)
+
+    scale, _ = scale_to_radius(
+        measure, 1.0, jnp.asarray(0.5), max_folded=0.01, after_others=True
+    )  # fmt: skip
+    assert scale == 0
 
 
 def test_the_first_map_is_allowed_its_share_only():

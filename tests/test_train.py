@@ -269,14 +269,18 @@ def train_with_short_integers(*args):
         (lambda: train(agent, transitions(), 0), "`num_updates=100000`"),
         (lambda: train(agent, transitions(), 1, seeds=[]), r"`seeds=range\(5\)`"),
         (lambda: train(agent, transitions(), 1, seeds=[1, 1]), "all different"),
-        (lambda: train(agent, transitions(), 1, seeds=[-1]), r"from 0 to 2\*\*32 - 1"),
+        (lambda: train(agent, transitions(), 1, seeds=[-1]), r"from 0 to 2\*\*31 - 1"),
         (
             lambda: train(agent, transitions(), 1, evaluate=lambda *_: 3.0),
-            r"`evaluate` must return a dictionary of numbers, but returned `3.0`",
+            r"`evaluate` must return a dictionary of numbers, .* but returned `3.0`",
         ),
         (
             lambda: train(agent, transitions(), 1, evaluate=lambda *_: {"score": np.ones(2)}),
             r"returned `\{'score': array.*float\(returns.mean\(\)\)",
+        ),
+        (
+            lambda: train(agent, transitions(), 1, evaluate=lambda *_: {"updates": 1}),
+            "none of them `seed` or `updates`",
         ),
         (lambda: train(agent, transitions()[:0], 1), "`transitions` must have at least one row"),
         (lambda: train(agent, outside(), 1), r"range from .*`flow=BehaviourFlow\(bounds="),
@@ -305,6 +309,18 @@ def test_evaluations_that_are_owed_are_made_up_for(tmp_path):
     (tmp_path / "evaluations.csv").unlink()
     train(averaging, transitions(), 20, evaluate=lambda *_: {"score": 3.0}, **options)
     assert [row["score"] for row in rows_of(tmp_path / "evaluations.csv")] == ["3.0", "3.0"]
+
+
+def test_half_of_a_number_is_no_evaluation(tmp_path):
+    """As a run leaves it that is killed while it writes."""
+    options: Any = dict(seeds=[0, 4], folder=tmp_path, evaluate=lambda *_: {"score": -150.25})
+    train(averaging, transitions(), 20, **options)
+    path = tmp_path / "evaluations.csv"
+    whole = path.read_bytes()
+    for cut in range(1, 10):
+        path.write_bytes(whole[:-cut])
+        train(averaging, transitions(), 20, **options)
+        assert path.read_bytes() == whole
 
 
 def test_evaluations_have_the_same_names(tmp_path):

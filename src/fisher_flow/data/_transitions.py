@@ -17,7 +17,7 @@ from ._columns import check_finite
 
 
 class TooShortError(ValueError):
-    """No trajectory is long enough for a chunk."""
+    """No trajectory is long enough for a chunk, or for several steps."""
 
 
 class Transitions(eqx.Module):
@@ -174,10 +174,12 @@ class Transitions(eqx.Module):
 
         - `ValueError` if the lengths do not match.
         """
-        if np.ndim(terminated) == 0 or any(np.ndim(end) > 0 for end in terminated):
+        single = not isinstance(terminated, list | tuple) and np.ndim(terminated) == 0
+        if single or any(np.ndim(end) > 0 for end in terminated):
+            example = "[False]" if single else "[bool(end[-1]) for end in terminated]"
             raise ValueError(
                 f"`terminated` must have one entry an episode, but got `{short(terminated)}`. "
-                "Write `terminated=[False]` for one episode that was cut off by a time limit."
+                f"Write `terminated={example}`."
             )
         if not len(observations) == len(actions) == len(rewards) == len(terminated) > 0:
             raise ValueError(
@@ -280,7 +282,7 @@ class Transitions(eqx.Module):
             self._raise_no_order(purpose)
 
     def _raise_no_order(self, purpose: str) -> NoReturn:
-        raise ValueError(
+        raise TooShortError(
             f"`ends` must say where trajectories end {purpose}, but every one of the {len(self)} "
             "rows is a trajectory of its own. Write `Transitions(..., ends=ends)`, or "
             "`Transitions.from_episodes(...)`."

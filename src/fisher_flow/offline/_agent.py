@@ -98,12 +98,15 @@ class Learner(eqx.Module):
         return Learner(*apply_gradient(optimiser, gradient, self.optimiser_state, self.model))
 
 
-def check_parts(flow: Any, critic: Any = None) -> None:
-    """Refuses what is no flow, or no critic, of an agent."""
+def check_flow(flow: Any) -> None:
     check_instance("flow", flow, BehaviourFlow, "fisher_flow.BehaviourFlow()")
-    if critic is not None:
-        example = "fisher_flow.TemporalDifference()"
-        check_instance("critic", critic, AbstractCriticLearning, example)
+
+
+def check_parts(flow: Any, critic: Any) -> None:
+    """Refuses what is no flow, or no critic, of an agent."""
+    check_flow(flow)
+    example = "fisher_flow.TemporalDifference()"
+    check_instance("critic", critic, AbstractCriticLearning, example)
 
 
 class BehaviourFlow(eqx.Module):

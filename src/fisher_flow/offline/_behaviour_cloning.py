@@ -4,7 +4,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from ..data import Transitions
 from ..flows import FlowPolicy
-from ._agent import AbstractAgent, BehaviourFlow, check_parts, Learner
+from ._agent import AbstractAgent, BehaviourFlow, check_flow, Learner
 
 
 class BehaviourCloning(AbstractAgent):
@@ -20,7 +20,7 @@ class BehaviourCloning(AbstractAgent):
 
         - `flow`: the behaviour flow.
         """
-        check_parts(flow)
+        check_flow(flow)
         self.flow = flow
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> Learner:

@@ -8,9 +8,11 @@ import jax
 
 
 def recorded_in(folder: str | os.PathLike[str], name: str) -> str | None:
-    """An entry of the description of the run in a folder, if there is one."""
-    path = Path(folder) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")).get(name) if path.exists() else None
+    """An entry of the description of the run in a folder, if there is one with a checkpoint."""
+    path, checkpoints = Path(folder) / "run.json", Path(folder) / "checkpoints"
+    if not path.exists() or not checkpoints.exists() or not any(checkpoints.iterdir()):
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get(name)
 
 
 class Checkpoints:

@@ -53,9 +53,11 @@ class Log:
             path = self.folder / f"{name}.csv"
             if not path.exists():
                 continue
-            with open(path, newline="", encoding="utf-8") as stream:
-                header, *rows = list(csv.reader(stream)) or [[]]
-            # A run that was killed may have left half a row, or of the header half or nothing.
+            # A run that was killed may have left half a row, or of the header half or nothing. It
+            # may lack no more than the end of the last number: only the end of the line tells.
+            lines = path.read_bytes().decode("utf-8", "ignore").splitlines(keepends=True)
+            lines = [line for line in lines if line.endswith("\n")]
+            header, *rows = list(csv.reader(lines)) or [[]]
             whole = [row for row in rows if len(row) == len(header)]
             kept = [row for row in whole if int(row[1]) <= updates[int(row[0])]]
             if name == "evaluations":
@@ -80,11 +82,15 @@ def _check_columns(path: Path, row: dict[str, float]) -> None:
     with open(path, newline="", encoding="utf-8") as stream:
         header = next(csv.reader(stream))
     if header != list(row):
+        cause = (
+            "Write an `evaluate` that returns the same names, in one order, every time; for others"
+            if path.stem == "evaluations"
+            else "The folder is that of another version of the agent:"
+        )
         raise ValueError(
             f"The rows of `{path}` must all have the columns {header[2:]}, but one of seed "
-            f"{row['seed']} after {row['updates']} updates has {list(row)[2:]}. Write an "
-            "`evaluate` that returns the same names, in one order, every time; for others name a "
-            "new `folder`."
+            f"{row['seed']} after {row['updates']} updates has {list(row)[2:]}. {cause} name a new "
+            f"`folder={str(path.parent) + '_2'!r}`."
         )
 
 
@@ -124,7 +130,8 @@ class WeightsAndBiases:
 
     The runs of one training form the group `name`. Made again with the same name they go on where
     they were, as the training itself does from its `folder`; online, rows that were written before
-    the training was stopped, and are made again, are not written twice.
+    the training was stopped, and are made again, are not written twice. An evaluation that failed,
+    and is made up for when the training goes on, is in `evaluations.csv` only.
 
     Needs wandb, `pip install wandb`, and an account, unless `mode="offline"`: the runs are then
     kept in a folder `wandb`, which `wandb sync` uploads.

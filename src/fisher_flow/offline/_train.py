@@ -278,7 +278,7 @@ def train(
 def _checked_seeds(seeds: Any) -> tuple[int, ...]:
     try:
         checked = tuple(operator.index(seed) for seed in seeds)
-        valid = 0 < len(checked) == len(set(checked)) and 0 <= min(checked) <= max(checked) < 2**32
+        valid = 0 < len(checked) == len(set(checked)) and 0 <= min(checked) <= max(checked) < 2**31
     except TypeError:
         checked, valid = (), False
     if not valid:
@@ -287,7 +287,7 @@ def _checked_seeds(seeds: Any) -> tuple[int, ...]:
         except TypeError:
             example = "range(5)"
         raise ValueError(
-            "`seeds` must be one or more integers from 0 to 2**32 - 1, all different, but got "
+            "`seeds` must be one or more integers from 0 to 2**31 - 1, all different, but got "
             f"`{short(seeds)}`. Write `seeds={example}`."
         )
     return checked
@@ -296,12 +296,16 @@ def _checked_seeds(seeds: Any) -> tuple[int, ...]:
 def checked_scores(values: Any) -> dict[str, float]:
     """What `evaluate` returned, as numbers."""
     try:
-        return {str(name): float(np.asarray(value)) for name, value in dict(values).items()}
+        scores = {str(name): float(np.asarray(value)) for name, value in dict(values).items()}
     except (TypeError, ValueError):
+        scores = None
+    if scores is None or {"seed", "updates"} & set(scores):
         raise ValueError(
-            f"`evaluate` must return a dictionary of numbers, but returned `{short(values)}`. "
-            'Write `return {"score": float(returns.mean())}`.'
-        ) from None
+            "`evaluate` must return a dictionary of numbers, none of them `seed` or `updates`, but "
+            f"returned `{short(values)}`. Write "
+            '`return {"score": float(returns.mean())}`.'
+        )
+    return scores
 
 
 def _advance(update, args, learners, start, stop, key):

@@ -30,7 +30,7 @@ from ._method import (
     critic_gradient,
     draw_from_flow,
 )
-from ._radius import scale_to_radius
+from ._radius import scale_to_radius, scaled
 
 
 class NaturalStep(AbstractRefinement):
@@ -290,7 +290,11 @@ def _settle(
 
         def measure(scale):
             # A single step and its Jacobian are proportional to the scale.
-            δ, J = (scale * unit[0], scale * unit[1]) if method.num_steps == 1 else fields(scale)
+            if method.num_steps == 1:
+                δ, J = scaled(scale, unit[0]), scaled(scale, unit[1])
+            else:
+                δ, J = fields(scale)
+                δ, J = jnp.where(scale > 0, δ, 0), jnp.where(scale > 0, J, 0)
             kl, folded = over_rows(terms)(actions, flow_actions, δ, J)
             return jnp.mean(kl), jnp.mean(folded)
 

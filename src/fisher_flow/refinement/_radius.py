@@ -5,6 +5,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Scalar, ScalarLike
 
 
+def scaled(scale: Scalar, x: Array) -> Array:
+    """The product; zero at a scale of zero, whatever `x`."""
+    return jnp.where(scale > 0, scale * x, 0)
+
+
 def scale_to_radius(
     measure: Callable[[Scalar], tuple[Scalar, Scalar]],
     radius: ScalarLike,
@@ -45,15 +50,16 @@ def scale_to_radius(
     zero = jnp.zeros_like(initial)
 
     def unfinished(state: tuple[Array, ...]) -> Bool[Array, ""]:
-        step, _, low, kl_low, high, _, _ = state
+        step, _, low, kl_low, high, _, _, _ = state
         met = (kl_low >= (1 - rtol) * radius) | (low >= limit)
         return (step < max_steps) & ~met & (high - low > 1e-3 * jnp.minimum(high, initial))
 
     def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        step, scale, low, kl_low, high, kl_high, bound = state
+        step, scale, low, kl_low, high, kl_high, bound, root_zero = state
         kl, folded = measure(scale)
         folded = folded.astype(initial.dtype)
         bound = jnp.where(scale > 0, bound, jnp.maximum(bound, folded))
+        root_zero = jnp.where(scale > 0, root_zero, jnp.sqrt(jnp.maximum(kl, 0)))
         # No KL is negative: one that is measured so far below zero lies where the estimate fails,
         # and so does one that is not a number.
         allowed = (kl <= radius) & (kl >= -0.1 * radius) & (folded <= bound)
@@ -64,23 +70,24 @@ def scale_to_radius(
 
         root_low = jnp.sqrt(jnp.maximum(kl_low, 0))
         # Without an upper end yet: extrapolate from zero. Aim a little below the radius.
-        growth = jnp.clip((1 - rtol / 4) * target / jnp.where(root_low > 0, root_low, 1), 1.05, 4)
-        outward = low * jnp.where(root_low > 0, growth, 4)
+        rise, to_go = root_low - root_zero, (1 - rtol / 4) * target - root_zero
+        growth = jnp.clip(to_go / jnp.where(rise > 0, rise, 1), 1.05, 4)
+        outward = low * jnp.where(rise > 0, growth, 4)
         slope = jnp.where(jnp.isfinite(kl_high), jnp.sqrt(kl_high) - root_low, 1)
         fraction = jnp.clip(((1 - rtol / 4) * target - root_low) / slope, 0.05, 0.95)
         bisect = ~jnp.isfinite(kl_high) | (step % 3 == 2)
         inward = low + jnp.where(bisect, 0.5, fraction) * (high - low)
         outward = jnp.where(low > 0, jnp.minimum(outward, limit), initial)
         scale = jnp.where(high < limit, inward, outward)
-        return step + 1, scale, low, kl_low, high, kl_high, bound
+        return step + 1, scale, low, kl_low, high, kl_high, bound, root_zero
 
     # The bracket starts as (0, limit], with nothing measured at its upper end.
     infinity = jnp.full_like(initial, jnp.inf)
     first = zero if after_others else initial
     bound = jnp.asarray(max_folded, initial.dtype)
-    state = (jnp.asarray(0), first, zero, zero, limit, infinity, bound)
+    state = (jnp.asarray(0), first, zero, zero, limit, infinity, bound, zero)
     possible = (radius > 0) & jnp.isfinite(initial) & (initial > 0)
     state = lax.while_loop(lambda state: possible & unfinished(state), body, state)
-    _, _, scale, kl, _, _, _ = state
+    _, _, scale, kl, *_ = state
     believable = scale < limit
     return jnp.where(believable, scale, 0), jnp.where(believable, kl, 0)

@@ -24,7 +24,7 @@ from ._method import (
     critic_gradient,
     draw_from_flow,
 )
-from ._radius import scale_to_radius
+from ._radius import scale_to_radius, scaled
 
 
 class Residual(AbstractRefinement):
@@ -288,10 +288,11 @@ def _update(args, state, key, step):
         def terms_of_one(o, a, b):
             δ, J = method.measure.linearise(policy, lambda a: network(o, a), a)
             terms = method.measure.terms(policy, o, a, δ, J, b)
-            if not method.measure.from_flow:
+            if policy.flow_policy is policy or not method.measure.from_flow:
                 return terms, jnp.asarray(False)
             # The maps before this one may fold already.
-            return terms, method.measure.terms(policy, o, a, 0 * δ, 0 * J, b).folded
+            δ, J = jnp.zeros_like(δ), jnp.zeros_like(J)
+            return terms, method.measure.terms(policy, o, a, δ, J, b).folded
 
         terms, folded_before = jax.vmap(terms_of_one)(o, a, b)
         kl = jnp.mean(terms.kl)
@@ -324,7 +325,7 @@ def _final_scale(method, policy, network, observations, key) -> Scalar:
 
     def measure(scale):
         def terms(o, a, b, δ, J):
-            return method.measure.terms(policy, o, a, scale * δ, scale * J, b)
+            return method.measure.terms(policy, o, a, scaled(scale, δ), scaled(scale, J), b)
 
         terms = over_rows(terms, o, a, b, δ, J)
         return jnp.mean(terms.kl), jnp.mean(terms.folded)
