@@ -134,7 +134,8 @@ def refine_chain(
         already counts.
     - `critic`: called as `critic(observation, action)`; returns a scalar, of which more is better.
     - `method`: how each step is made. Its radius $\epsilon$ is that of the whole chain, and so is
-        the share of actions that may fold.
+        the share of actions that may fold. Where the maps before a step fold at more of them, on
+        the actions that settle it, it may add none.
 
     **Other arguments:**
 
