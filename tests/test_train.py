@@ -212,7 +212,7 @@ def test_killed_it_resumes_to_the_same_bits(kill_at, tmp_path):
 def test_another_run_in_the_folder_is_refused(tmp_path):
     train(agent, transitions(), 10, folder=tmp_path)
     for other, options, name in (
-        (ff.OneStep(flow=agent.flow, critic=agent.critic, num_candidates=4), {}, "agent"),
+        (ff.OneStep(flow=agent.flow, critic=agent.critic, num_candidates=5), {}, "agent"),
         (agent, {"seeds": [1]}, "seeds"),
         (agent, {"batch_size": 4}, "batch_size"),
     ):

@@ -66,6 +66,8 @@ def print_table(path: Path) -> None:
 
 
 def cell(scores: np.ndarray) -> str:
+    if len(scores) == 1:
+        return f"{scores[0]:.0f}"
     low, high = fisher_flow.bootstrap_interval(scores[None])
     return f"{scores.mean():.0f} [{low:.0f}, {high:.0f}]"
 

@@ -93,7 +93,7 @@ class FisherDecorator(AbstractAgent):
         flow: BehaviourFlow = BehaviourFlow(),
         critic: AbstractCriticLearning = TemporalDifference(),
         from_data: bool = False,
-        num_candidates: int = 8,
+        num_candidates: int = 2,
         learning_rate: ScalarLike = 3e-4,
     ):
         r"""**Arguments:**
@@ -109,7 +109,9 @@ class FisherDecorator(AbstractAgent):
             samples of the behaviour policy too, instead of samples of the flow. That saves both
             rollouts of an update.
         - `num_candidates`: the number of refined actions of which the best by the critic is taken
-            when the policy acts: no local map can change mode. 1 for none.
+            when the policy acts: no local map can change mode. It spends
+            [`BestOf.kl_bound`][fisher_flow.BestOf] more; 1 for none, as was better on the one
+            task with sparse rewards that was measured (cube-single).
         - `learning_rate`: the rate of Adam for the critic and the residual.
         """
         check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")

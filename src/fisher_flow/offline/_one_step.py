@@ -66,7 +66,7 @@ class OneStep(AbstractAgent):
         flow: BehaviourFlow = BehaviourFlow(),
         critic: AbstractCriticLearning = TemporalDifference(),
         refinement: AbstractRefinement | None = NaturalStep(),
-        num_candidates: int = 8,
+        num_candidates: int = 2,
         learning_rate: ScalarLike = 3e-4,
     ):
         """**Arguments:**
@@ -79,7 +79,7 @@ class OneStep(AbstractAgent):
         - `learning_rate`: the rate of Adam for the critic.
         """
         check_parts(flow, critic)
-        check_positive_integer("num_candidates", num_candidates, 8)
+        check_positive_integer("num_candidates", num_candidates, 2)
         self.flow = flow
         self.critic = critic
         self.refinement = refinement
