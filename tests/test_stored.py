@@ -170,7 +170,9 @@ def test_a_checksum_is_of_every_bit():
 
 
 derived = {
-    "n_step": lambda t, folder: t.n_step(3, 0.9),
+    "n_step": lambda t, folder: dataclasses.replace(t, ends=np.arange(60) % 12 == 11).n_step(
+        3, 0.9
+    ),
     "replace": lambda t, folder: dataclasses.replace(t, rewards=t.rewards * 2),
     "slice": lambda t, folder: t[5:40],
     "cast": lambda t, folder: dataclasses.replace(
