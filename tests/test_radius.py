@@ -16,7 +16,7 @@ def kl(scale):
 @pytest.mark.parametrize("folded", [0.0, 0.002])
 def test_folds_of_earlier_maps_do_not_bind(folded):
     """They are there at a scale of zero."""
-    measure = lambda scale: (kl(scale), jnp.where(scale > 0.8, 1.0, folded))
+    measure = lambda scale: (kl(scale), jnp.asarray(jnp.where(scale > 0.8, 1.0, folded)))
     settle = jax.jit(lambda initial: scale_to_radius(
         measure, 1.0, initial, max_folded=0.001, after_others=True
     ))  # fmt: skip
