@@ -76,6 +76,14 @@ def check_discount(discount: Any) -> None:
     check_at_least("discount", discount, 0, 0.99, maximum=1)
 
 
+def check_vector_environment(envs: Any) -> None:
+    if getattr(envs, "num_envs", None) is None:
+        raise ValueError(
+            f"`envs` must be a vector environment, but got `{short(envs)}`. Write "
+            "`envs=gymnasium.vector.SyncVectorEnv([make_env] * 10)`."
+        )
+
+
 def batch_length(name: str, tree: PyTree[Any]) -> int:
     """The length of the leading axis that all the leaves of `tree` share."""
     leaves = jax.tree.leaves_with_path(tree)

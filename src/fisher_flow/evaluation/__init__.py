@@ -2,7 +2,6 @@ from ._evaluate import (
     collect as collect,
     Episodes as Episodes,
     evaluate as evaluate,
-    record_video as record_video,
     rollout as rollout,
 )
 from ._intervals import (
@@ -13,4 +12,5 @@ from ._intervals import (
     performance_profile as performance_profile,
 )
 from ._normalised_score import normalised_score as normalised_score
+from ._record_video import record_video as record_video
 from ._results import Results as Results

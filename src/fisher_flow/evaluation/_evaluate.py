@@ -1,8 +1,5 @@
 import dataclasses
-import os
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
@@ -11,7 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Float, Int
 
-from .._misc import check_positive_integer, short
+from .._misc import check_positive_integer, check_vector_environment
 from ..acting import Actor
 from ..data import Transitions
 from ..data._columns import single_precision
@@ -205,21 +202,13 @@ def collect(
     return Transitions(*jax.tree.map(lambda *columns: np.concatenate(columns), *parts))
 
 
-def check_vector_environment(envs: Any) -> None:
-    if getattr(envs, "num_envs", None) is None:
-        raise ValueError(
-            f"`envs` must be a vector environment, but got `{short(envs)}`. Write "
-            "`envs=gymnasium.vector.SyncVectorEnv([make_env] * 10)`."
-        )
-
-
 def _play(policy, envs, num_episodes, seed, max_steps, write=None):
     """Plays episodes, and hands the columns of the transitions of each to `write`, if given."""
     check_vector_environment(envs)
     num_episodes = envs.num_envs if num_episodes is None else num_episodes
     check_positive_integer("num_episodes", num_episodes, 10)
     check_positive_integer("max_steps", max_steps, 100_000)
-    actor = _replaying_actor(policy, envs)
+    actor = replaying_actor(policy, envs)
     rounds = []
     for first in range(0, num_episodes, envs.num_envs):
         counted = np.arange(first, first + envs.num_envs) < num_episodes
@@ -249,7 +238,7 @@ def _play_round(actor, envs, seed, counted, max_steps, steps=None):
     successes = np.full(envs.num_envs, np.nan)
     running = counted.copy()
     for step in range(max_steps):
-        actions = actor(_labelled(seeds, step, observations))
+        actions = actor(labelled(seeds, step, observations))
         led_to, rewards, terminated, truncated, infos = envs.step(actions)
         done = terminated | truncated
         led_to = _where_it_led(led_to, done, infos)
@@ -261,11 +250,11 @@ def _play_round(actor, envs, seed, counted, max_steps, steps=None):
         # Where an environment is reset at once, what its last step said lies beside the rest.
         infos = infos.get("final_info", infos)
         for i in np.flatnonzero(running & done).tolist():
-            successes[i] = _success(infos, i)
+            successes[i] = success_of(infos, i)
         running &= ~done
         if not running.any():
             if steps is not None:
-                actions = actor(_labelled(seeds, step + 1, led_to))
+                actions = actor(labelled(seeds, step + 1, led_to))
                 steps.append((led_to, actions, np.zeros_like(rewards), terminated))
             return returns, lengths, successes
         if done.any() and getattr(mode, "name", None) == "DISABLED":
@@ -318,115 +307,6 @@ def _episode(observations, actions, rewards, terminated, i, length):
     return single_precision(columns)
 
 
-def record_video(
-    policy: Any,
-    env: "gymnasium.Env",
-    path: str | os.PathLike[str],
-    *,
-    seed: int | np.integer = 0,
-    every: int = 1,
-    max_steps: int = 10_000,
-) -> Episodes:
-    """Plays one episode and writes what it looks like to a moving picture.
-
-    With the seed of an episode of [`fisher_flow.rollout`][] it is that episode, so that one can
-    look at the worst of many: `record_video(policy, env, "worst.gif",
-    seed=episodes.seeds[np.argmin(episodes.returns)])`. An MP4 is the smallest, and its frames are
-    written as they come.
-
-    **Arguments:**
-
-    - `policy`: any policy, as for [`fisher_flow.Actor`][].
-    - `env`: one environment, made with `render_mode="rgb_array"`.
-    - `path`: the file to write: `.mp4`, `.gif`, `.webp` or `.png`. The first needs PyAV, the
-        others Pillow: `pip install av pillow`.
-
-    **Other arguments:**
-
-    - `seed`: the seed of the episode.
-    - `every`: the number of steps from frame to frame. But for an MP4, all frames are held in
-        memory: raise it for long episodes.
-    - `max_steps`: the number of steps after which the recording stops.
-
-    **Returns:**
-
-    The [`fisher_flow.Episodes`][] of this one episode.
-
-    **Raises:**
-
-    - `ValueError` if the environment renders no frames, or no such file can be written.
-    - `ImportError` if what writes such a file is not installed.
-    """
-    check_positive_integer("every", every, 1)
-    check_positive_integer("max_steps", max_steps, 10_000)
-    if getattr(env, "num_envs", None) is not None or env.render_mode != "rgb_array":
-        raise ValueError(
-            f"`env` must be a single environment that renders frames, but got `{env!r}` with "
-            f"`render_mode={env.render_mode!r}`. Write "
-            '`env=gymnasium.make("Pendulum-v1", render_mode="rgb_array")`.'
-        )
-    path = Path(path)
-    if path.suffix not in (".mp4", ".gif", ".webp", ".png"):
-        raise ValueError(
-            "`path` must end in `.mp4`, `.gif`, `.webp` or `.png`, but got "
-            f'`{str(path)}`. Write `path="{path.with_suffix(".gif")}"`.'
-        )
-    write = _write_mp4 if path.suffix == ".mp4" else _write_picture
-    actor = _replaying_actor(policy, env)
-    total, length, info = 0.0, 0, {}
-
-    def frames():
-        nonlocal total, length, info
-        observation, info = env.reset(seed=int(seed))
-        yield np.asarray(env.render())
-        done = False
-        while not done and length < max_steps:
-            action = actor(_labelled(seed, length, observation))
-            observation, reward, terminated, truncated, info = env.step(action)
-            total, length, done = total + float(reward), length + 1, terminated or truncated
-            if length % every == 0 or done:
-                yield np.asarray(env.render())
-
-    rate = (getattr(env, "metadata", None) or {}).get("render_fps") or 30
-    write(path, frames(), Fraction(rate).limit_denominator(1000) / every)
-    success = _success({name: [value] for name, value in info.items()}, 0)
-    return Episodes(*map(np.array, ([total], [length], [success], [int(seed)])))
-
-
-def _write_picture(path: Path, frames: Iterator[np.ndarray], rate: Fraction) -> None:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            f"`{path.suffix}` files are written by Pillow, which is not installed. Write "
-            '`pip install "fisher_flow[video]"`.'
-        ) from error
-    first, *rest = map(Image.fromarray, frames)
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / rate), loop=0)
-
-
-def _write_mp4(path: Path, frames: Iterator[np.ndarray], rate: Fraction) -> None:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            "`.mp4` files are written by PyAV, which is not installed. Write "
-            f'`pip install "fisher_flow[video]"`, or `path="{path.with_suffix(".gif")}"`.'
-        ) from error
-    with av.open(str(path), "w") as file:
-        stream: Any = None
-        for frame in frames:
-            height, width = frame.shape[:2]
-            # Players want colours at half the resolution, so that both sides have to be even.
-            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
-            if stream is None:
-                stream = file.add_stream("h264", rate=rate)
-                stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt = "yuv420p"
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
-
-
 class _Replaying(eqx.Module):
     """Draws actions with noise that depends on the seed of the episode and the step in it alone."""
 
@@ -438,19 +318,19 @@ class _Replaying(eqx.Module):
         return self.policy.sample(observation, key=jr.fold_in(jr.key(seed), step))
 
 
-def _replaying_actor(policy, env):
+def replaying_actor(policy, env):
     actor = Actor(policy, env)
     actor.policy = _Replaying(policy)  # now that the policy itself has passed the checks
     return actor
 
 
-def _labelled(seeds, step, observations):
+def labelled(seeds, step, observations):
     """Observations as `_Replaying` takes them; unsigned, as seeds are cut to 32 bits anyway."""
     seeds = (np.asarray(seeds) & 0xFFFFFFFF).astype(np.uint32)
     return seeds, np.full_like(seeds, step), observations
 
 
-def _success(infos: Mapping[str, Any], i: int) -> float:
+def success_of(infos: Mapping[str, Any], i: int) -> float:
     """What environment `i` says of its success, if it does."""
     for name in ("success", "is_success"):
         reported = infos.get(f"_{name}")  # a vector environment says so for each of its own

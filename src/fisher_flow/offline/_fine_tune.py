@@ -12,24 +12,27 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from .._misc import check_at_least, check_instance, check_positive_integer, short
+from .._misc import (
+    check_at_least,
+    check_instance,
+    check_positive_integer,
+    check_vector_environment,
+    short,
+)
 from .._training import run_chunk
 from ..data import Normaliser, Transitions
 from ..data._stored import checksum
 from ..data._transitions import TooShortError
 from ..evaluation import collect
-from ..evaluation._evaluate import check_vector_environment
 from ._agent import AbstractAgent
 from ._checkpoints import Checkpoints, recorded_in
+from ._checks import check_bounds, checked_scores, finite_numbers
 from ._log import Log, Logger
 from ._normalised_policy import NormalisedPolicy
 from ._sampling import BalancedSampling, ReplayBuffer
 from ._train import (
-    check_bounds,
-    checked_scores,
     describe,
     Evaluate,
-    finite_numbers,
     make_policy,
     numbers_as_arrays,
     settle,
