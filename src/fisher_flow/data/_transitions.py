@@ -203,15 +203,15 @@ class Transitions(eqx.Module):
                     f"observation more. Write `observations[{i}]=np.concatenate([observations[{i}],"
                     " last_observation[None]])`."
                 )
-            columns = {"observations": o, "actions": a, "rewards": r}
-            for name, column in columns.items():
-                if i > 0 and _shapes(column) != _shapes(first[name]):
+            episode = {"observations": o, "actions": a, "rewards": r}
+            first = first or episode
+            for name, column in episode.items():
+                if _shapes(column) != _shapes(first[name]):
                     raise ValueError(
                         f"`{name}[{i}]` must have rows like those of `{name}[0]`, but is "
                         f"{eqx.tree_pformat(column)} and that {eqx.tree_pformat(first[name])}. "
                         f"Write `{name}[{i}]={name}[{i}][:, columns]`, or leave the episode out."
                     )
-            first = columns if i == 0 else first
             kept = steps if end else steps - 1
             next_a = np.concatenate([a[1:], np.zeros_like(a[:1])])  # never used where it ends
             episodes.append(

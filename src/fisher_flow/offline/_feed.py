@@ -31,7 +31,13 @@ _MOST_BYTES = 2**28  # of all of them, though two at least
 
 
 def check_num_rows(transitions: Transitions) -> None:
-    """Refuses more rows than JAX's default integers can count."""
+    """Refuses none, and more rows than JAX's default integers can count."""
+    if len(transitions) == 0:
+        raise ValueError(
+            "`transitions` must have at least one row, but has none. Write "
+            "`transitions=Transitions.from_episodes(...)`, of episodes that have ended or of two "
+            "steps or more."
+        )
     most = int(jnp.iinfo(jnp.result_type(int)).max)
     if len(transitions) > most:
         raise ValueError(

@@ -17,24 +17,20 @@ class Log:
     def __init__(self, folder: str | os.PathLike[str] | None, loggers: Sequence[Logger]):
         self.folder = None if folder is None else Path(folder)
         self.loggers = tuple(loggers)
-        self._evaluated: set[tuple[int, int]] = set()
+        self._evaluated: set[tuple[int, int]] = set()  # seeds and updates of a run taken up
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, file: str, seed: int, updates: int, values: dict[str, float]) -> None:
-        row = {"seed": seed, "updates": updates, **values}
-        path, new = None, False
-        if self.folder is not None:
-            path = self.folder / f"{file}.csv"
-            new = not path.exists() or path.stat().st_size == 0  # killed before its first row
-            if not new:
-                _check_columns(path, row)
         for logger in self.loggers:
             logger(seed, updates, values)
-        if file == "evaluations":
-            self._evaluated.add((seed, updates))
-        if path is None:
+        if self.folder is None:
             return
+        path = self.folder / f"{file}.csv"
+        row = {"seed": seed, "updates": updates, **values}
+        new = not path.exists() or path.stat().st_size == 0  # killed before its first row
+        if not new:
+            _check_columns(path, row)
         with open(path, "a", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, row)
             if new:

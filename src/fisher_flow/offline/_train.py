@@ -1,6 +1,5 @@
 import contextlib
 import dataclasses
-import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +13,11 @@ import numpy as np
 from .._misc import check_instance, check_positive_integer, short
 from .._training import add_chunk, no_logs
 from ..data import Transitions
-from ..data._stored import checksum, is_mapped, stored_record
+from ..data._stored import checksum, is_mapped
 from ..flows import AbstractPolicy
-from ._agent import AbstractAgent, BehaviourFlow
+from ._agent import AbstractAgent
 from ._checkpoints import Checkpoints
+from ._checks import check_augment, check_bounds, checked_scores, checked_seeds, finite_numbers
 from ._feed import check_num_rows, Resident, Streamed
 from ._log import Log, Logger
 from ._sampling import keys_of_update
@@ -188,7 +188,7 @@ def train(
         ("log_every", log_every, 1000),
     ):
         check_positive_integer(name, value, example)
-    seeds = _checked_seeds(seeds)
+    seeds = checked_seeds(seeds)
     check_augment(augment)
     check_num_rows(transitions)
     check_bounds(agent, transitions)
@@ -275,39 +275,6 @@ def train(
     return Trained(agent, seeds, tuple(states), transitions, num_updates, given_augment)
 
 
-def _checked_seeds(seeds: Any) -> tuple[int, ...]:
-    try:
-        checked = tuple(operator.index(seed) for seed in seeds)
-        valid = 0 < len(checked) == len(set(checked)) and 0 <= min(checked) <= max(checked) < 2**31
-    except TypeError:
-        checked, valid = (), False
-    if not valid:
-        try:
-            example = f"range({max(1, operator.index(seeds))})"
-        except TypeError:
-            example = "range(5)"
-        raise ValueError(
-            "`seeds` must be one or more integers from 0 to 2**31 - 1, all different, but got "
-            f"`{short(seeds)}`. Write `seeds={example}`."
-        )
-    return checked
-
-
-def checked_scores(values: Any) -> dict[str, float]:
-    """What `evaluate` returned, as numbers."""
-    try:
-        scores = {str(name): float(np.asarray(value)) for name, value in dict(values).items()}
-    except (TypeError, ValueError):
-        scores = None
-    if scores is None or {"seed", "updates"} & set(scores):
-        raise ValueError(
-            "`evaluate` must return a dictionary of numbers, none of them `seed` or `updates`, but "
-            f"returned `{short(values)}`. Write "
-            '`return {"score": float(returns.mean())}`.'
-        )
-    return scores
-
-
 def _advance(update, args, learners, start, stop, key):
     """Updates `start` to `stop - 1` of a state for each seed, or of one that holds those of all;
     returns the new states and the means of their logs."""
@@ -378,52 +345,6 @@ def _stack(states: list[Any]) -> Any:
 def _entry(stacked: Any, i: int) -> Any:
     arrays = (jax.Array, np.ndarray)  # what `_stack` has stacked, and its means
     return jax.tree.map(lambda leaf: leaf[i] if isinstance(leaf, arrays) else leaf, stacked)
-
-
-def finite_numbers(values: dict[str, Any], seed: int, updates: int) -> dict[str, float]:
-    numbers = {key: float(value) for key, value in values.items()}
-    broken = [key for key, value in numbers.items() if not np.isfinite(value)]
-    if broken:
-        raise FloatingPointError(
-            f"The training with seed {seed} has diverged: {', '.join(broken)} not finite by update "
-            f"{updates}. The usual causes are (a) rewards that are not of order one: divide them "
-            "by their standard deviation; (b) observations that are not: use a "
-            "`fisher_flow.Normaliser`; (c) too large a `learning_rate`."
-        )
-    return numbers
-
-
-def check_augment(augment: Any) -> None:
-    if augment is not None and (isinstance(augment, type) or not callable(augment)):
-        raise ValueError(
-            "`augment` must be a function `augment(batch, key=key)` that returns transitions, but "
-            f"got `{augment!r}`. Write `augment=fisher_flow.RandomCrop()`."
-        )
-
-
-def check_bounds(agent: AbstractAgent, transitions: Transitions) -> None:
-    if len(transitions) == 0:
-        raise ValueError(
-            "`transitions` must have at least one row, but has none. Write "
-            "`transitions=Transitions.from_episodes(...)`, of episodes that have ended or of two "
-            "steps or more."
-        )
-    flow = getattr(agent, "flow", None)
-    if not isinstance(flow, BehaviourFlow):
-        return
-    low, high = flow.bounds
-    record = stored_record(transitions)
-    if record is not None:
-        least, most = record["actions"]
-    else:
-        least, most = float(np.min(transitions.actions)), float(np.max(transitions.actions))
-    if least < low - 1e-3 or most > high + 1e-3:
-        raise ValueError(
-            f"`transitions.actions` must lie within the agent's bounds {flow.bounds}, but they "
-            f"range from {least:.4g} to {most:.4g}. Rescale them to the bounds, and the "
-            "environment with `gymnasium.wrappers.RescaleAction(env, np.float32(-1), "
-            f"np.float32(1))`, or write `flow=BehaviourFlow(bounds=({least:.4g}, {most:.4g}))`."
-        )
 
 
 def describe(
