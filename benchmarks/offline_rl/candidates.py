@@ -5,8 +5,8 @@
 
 Trains `FisherDecorator` as it comes, on the tasks and with the networks of `study.py`, and plays it
 as the best of 1, 2, 4, 8 and 16 actions, by the mean of the members of the critic and by the least
-of them. One row a task, seed, number and kind of choice; those that the file holds are not made
-again. Prints a table.
+of them. One row a task, kind of choice and seed; those that the file holds are not made again.
+Prints a table, and `table.py --compare` compares what it wrote with the rows of the study.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from study import load_problem, methods, TASKS
+from table import cell
 
 import fisher_flow
 
 
-COLUMNS = ["task", "seed", "updates", "candidates", "by", "score"]
+COLUMNS = ["task", "method", "seed", "updates", "score"]
 NUMBERS = (1, 2, 4, 8, 16)
 
 
@@ -39,44 +40,31 @@ def run(task: str, args: argparse.Namespace, done: set[tuple[str, int]]) -> None
         for by, chooser in (("mean", critic), ("least", least(critic))):
             for n in NUMBERS if by == "mean" else NUMBERS[1:]:
                 score = play(fisher_flow.BestOf(trained.policy(seed), chooser, n), seed)
-                rows.append((task, seed, args.updates, n, by, f"{score:.1f}"))
+                rows.append((task, label(n, by), seed, args.updates, f"{score:.1f}"))
                 print(*rows[-1], sep=" | ", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         new = not args.out.exists()
         with open(args.out, "a", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerows([COLUMNS, *rows] if new else rows)
+            csv.writer(stream).writerows([COLUMNS, *rows] if new else rows)
     envs.close()
+
+
+def label(n: int, by: str) -> str:
+    return "alone" if n == 1 else f"best of {n}, by the {by}"
 
 
 def least(critic: fisher_flow.QEnsemble) -> Any:
     return lambda observation, action: jnp.min(critic.values(observation, action))
 
 
-def print_table(path: Path) -> None:
-    scores: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for row in read(path):
-        of_task = scores.setdefault((row["task"], row["by"]), {})
-        of_task.setdefault(int(row["candidates"]), []).append(float(row["score"]))
+def print_table(results: fisher_flow.Results) -> None:
     print(f"\n| task | chosen by | {' | '.join(f'best of {n}' for n in NUMBERS)} |")
     print("| --- " * (2 + len(NUMBERS)) + "|")
-    for (task, by), of_task in scores.items():
-        cells = [cell(np.array(of_task[n])) if n in of_task else "" for n in NUMBERS]
-        print(f"| {task} | {by} | {' | '.join(cells)} |")
-
-
-def cell(scores: np.ndarray) -> str:
-    if len(scores) == 1:
-        return f"{scores[0]:.0f}"
-    low, high = fisher_flow.bootstrap_interval(scores[None])
-    return f"{scores.mean():.0f} [{low:.0f}, {high:.0f}]"
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    for task in results.tasks:
+        of_task = fisher_flow.Results(row for row in results.rows if row["task"] == task)
+        for by in ("mean", "least"):
+            cells = [cell(of_task.scores(label(n, by))[0]) for n in NUMBERS]
+            print(f"| {task} | {by} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -88,10 +76,11 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=10_000)
     parser.add_argument("--episodes", type=int, default=20)
     args = parser.parse_args()
-    done = {(row["task"], int(row["seed"])) for row in read(args.out)}
+    rows = fisher_flow.Results.read(args.out).rows if args.out.exists() else ()
+    done = {(row["task"], row["seed"]) for row in rows}
     for task in args.tasks:
         run(task, args, done)
-    print_table(args.out)
+    print_table(fisher_flow.Results.read(args.out))
 
 
 if __name__ == "__main__":

@@ -162,7 +162,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("offline_rl.csv"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS)[:3], choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", help="by the names in the table; by default all")
+    parser.add_argument("--methods", nargs="+", choices=list(methods(64, 2)), metavar="METHOD",
+                        help="by the names in the table; by default all")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=10_000)
     parser.add_argument("--episodes", type=int, default=20)
