@@ -39,14 +39,15 @@ class Settings:
     """Which agent to train."""
     metric: Literal["fisher-rao", "paper", "released"] = "fisher-rao"
     """For `fidec`: what a displacement costs."""
-    radius: float = 0.5
-    """For `fidec` and `one-step`: the KL to spend, in nats. The published metrics are no KLs: the
-    paper takes 0.001 to 0.01 for them. For `deflow`, the mean squared displacement."""
+    radius: float | None = None
+    """For `fidec` and `one-step`: the KL to spend, in nats, by default 0.5. The published metrics
+    are no KLs: the paper takes 0.001 to 0.01 for them, by default 0.001. For `deflow`, the mean
+    squared displacement, by default 0.001."""
     coefficient: float = 0.3
     """For `fql`: the weight of the distillation."""
-    best_of: int = 2
-    """The number of actions of which the best by the critic is taken; 1 for none, as was better on
-    cube-single."""
+    best_of: int | None = None
+    """The number of actions of which the best by the critic is taken: by default 2 for `fidec` and
+    `one-step`, 32 for `ifql`, 1 otherwise. On cube-single 1 was better for `fidec`."""
     seeds: int = 3
     """The number of seeds: 0, 1, ..."""
     updates: int = 10_000
@@ -153,10 +154,11 @@ def make_agent(
             critic = fisher_flow.HLGauss(returns, **learning)
         case "flow":
             critic = fisher_flow.ValueFlow(**learning)
-    radius = settings.radius
-    options: Any = dict(
-        flow=flow, critic=critic, learning_rate=rate, num_candidates=settings.best_of
-    )
+    nats = 0.5 if settings.radius is None else settings.radius
+    published_radius = 0.001 if settings.radius is None else settings.radius  # no KL
+    options: Any = dict(flow=flow, critic=critic, learning_rate=rate)
+    if settings.best_of is not None:
+        options["num_candidates"] = settings.best_of
     match settings.agent, settings.metric:
         case "bc", _:
             return fisher_flow.BehaviourCloning(flow=flow)
@@ -165,14 +167,14 @@ def make_agent(
         case "fql", _:
             return fisher_flow.FlowQLearning(coefficient=settings.coefficient, **options)
         case "deflow", _:
-            return fisher_flow.FisherDecorator.deflow(action_size, radius, **options)
+            return fisher_flow.FisherDecorator.deflow(action_size, published_radius, **options)
         case "fidec", "paper":
-            return fisher_flow.FisherDecorator.paper(radius, **options)
+            return fisher_flow.FisherDecorator.paper(published_radius, **options)
         case "fidec", "released":
-            return fisher_flow.FisherDecorator.released(radius, **options)
+            return fisher_flow.FisherDecorator.released(published_radius, **options)
         case "fidec", _:
-            return fisher_flow.FisherDecorator(radius=radius, **options)
-    refinement = fisher_flow.NaturalStep(radius=radius)
+            return fisher_flow.FisherDecorator(radius=nats, **options)
+    refinement = fisher_flow.NaturalStep(radius=nats)
     return fisher_flow.OneStep(refinement=refinement, **options)
 
 

@@ -68,3 +68,31 @@ def test_figures_of_a_refinement_in_the_plane(tmp_path):
 def test_agents_that_see():
     printed = run("pixels", "num_updates=2, num_episodes=1, seeds=[0], names=[]")
     assert re.search(r"^behaviour, blank +-\d+$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("agent", [{"agent": "fidec", "metric": "paper"}, {"agent": "ifql"}])
+def test_offline_rl_from_a_file_to_a_table(agent, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "results"
+    run("make_data", f"'pendulum', __import__('pathlib').Path({str(data)!r}), transitions=800")
+    sizes = {"seeds": 2, "updates": 4, "width": 8, "depth": 1, "evaluations": 2, "episodes": 2}
+    command = [sys.executable, "offline_rl.py", f"--data={data}", f"--out={out}"]
+    for name, value in (agent | sizes).items():
+        command += [f"--{name}", str(value)]
+
+    def train():
+        # Compiling takes most of its time.
+        environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        return subprocess.run(
+            command, cwd=examples, env=environment, check=True, capture_output=True, text=True
+        )
+
+    train()
+    written = {x.name for x in out.iterdir()}
+    assert {"settings.json", "evaluations.csv", "table.md", "learning_curves.png"} <= written
+    rows = (out / "evaluations.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [
+        [seed, updates] for updates in ("2", "4") for seed in ("0", "1")
+    ]
+    again = train()  # there is nothing left to do
+    assert (out / "evaluations.csv").read_text().splitlines() == rows
+    assert (out / "table.md").read_text().strip() in again.stdout
