@@ -91,8 +91,9 @@ def test_chunks_are_slices_of_their_trajectory(horizon, next_actions):
     expected, start = [], 0
     for length in LENGTHS:
         end = start + length
-        # What was done in this trajectory, and after it.
-        done = list(actions[start:end]) + ([t.next_actions[end - 1]] if next_actions else [])
+        # What was done in this trajectory, and after it unless it was over.
+        known = next_actions and t.masks[end - 1] > 0
+        done = list(actions[start:end]) + ([t.next_actions[end - 1]] if known else [])
         for row in range(start, end - horizon + 1):
             terminates = (t.masks[row : row + horizon] == 0).any()
             following = done[row - start + horizon : row - start + 2 * horizon]

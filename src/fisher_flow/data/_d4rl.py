@@ -1,4 +1,6 @@
 import os
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ def load_d4rl(
     - `maze_rewards`: whether to subtract 1 from rewards of 0 and 1. By default they are left as
         they are, but a file called antmaze is refused until you have decided.
     - `max_episode_steps`: for old files without `timeouts`, the time limit of the environment.
+        Without it, a file whose last row is not terminal is read with a warning.
 
     **Returns:**
 
@@ -114,6 +117,13 @@ def load_d4rl(
         "If the file has no `timeouts`, write `max_episode_steps=1000`, or whatever the time limit "
         "of the environment is; else `timeouts[-1] = True`.",
     )
+    if "timeouts" not in columns and max_episode_steps is None and not terminals[-1]:
+        warnings.warn(
+            f"`{path}` has no `timeouts`: what a time limit has cut off there runs on into the "
+            "next episode. Write `max_episode_steps=1000`, or whatever the limit of the "
+            "environment is.",
+            stacklevel=2,
+        )
     kept = np.flatnonzero(~timeouts[:-1])
     ends = terminals[kept] | timeouts[kept + 1]
     ends[-1:] = True
@@ -130,7 +140,9 @@ def load_d4rl(
 
 def _maze_rewards(path: Path, rewards: np.ndarray, maze_rewards: bool | None) -> np.ndarray:
     sparse = bool(np.isin(rewards, (0, 1)).all())
-    if maze_rewards is None and sparse and path.name.lower().startswith("antmaze"):
+    # D4RL's own files are called `Ant_maze_u-maze_noisy_...`.
+    is_antmaze = re.sub("[^a-z]", "", path.name.lower()).startswith("antmaze")
+    if maze_rewards is None and sparse and is_antmaze:
         raise ValueError(
             f"`maze_rewards` must be given for `{path.name}`, whose rewards are 0 and 1. Write "
             "`maze_rewards=True` for rewards of -1 until the goal is reached, which published "

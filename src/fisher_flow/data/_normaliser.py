@@ -17,8 +17,10 @@ _PART_SIZE = 2**22  # numbers that are worked on at once, 32 MB of them in doubl
 class Normaliser(eqx.Module):
     r"""Shifts and scales observations to mean 0 and standard deviation 1, $(o - \mu) / \sigma$.
 
-    Nothing here rescales data by itself: an agent that is trained on normalised transitions is
-    handed the same normaliser, which is then saved with it.
+    Nothing here rescales data by itself. A policy that was learned from normalised transitions and
+    the normaliser make one policy of observations as they come,
+    [`fisher_flow.NormalisedPolicy`][], and are saved as one:
+    `fisher_flow.export_sampler(NormalisedPolicy(policy, normaliser), observation, "policy.jax")`.
 
     !!! example
 

@@ -1,4 +1,5 @@
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,17 @@ def load_ogbench(
     path = Path(folder).expanduser() / f"{stem}{'-val' if validation else ''}.npz"
     if not path.is_file():
         raise FileNotFoundError(_missing(name, path, stem))
-    state_names = ("qpos", "button_states")
+    required = ["observations", "actions", "terminals"]
+    if single_task:  # what the rewards depend on
+        has_buttons = not {"scene", "puzzle"}.isdisjoint(words)
+        required += ["qpos", "button_states"] if has_buttons else ["qpos"]
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"`{path}` must be an .npz file, but is not, or was copied in part only. Copy it "
+            "again; for an HDF5 file in the layout of D4RL write `load_d4rl(path)`."
+        )
     with np.load(path) as file:
-        required = ("observations", "actions", "terminals", *state_names[: int(single_task)])
-        optional = ("valids", "button_states")
-        columns = read_columns(path, file, required, optional)
+        columns = read_columns(path, file, required, ("valids", "button_states"))
 
     check_actions(
         f"`{path}`",
@@ -141,7 +148,14 @@ def _relabel(
                 "that it was made in."
             )
         labelled: dict[str, Any] = dict(columns)
-        relabel_dataset(env_name, env, labelled)
+        try:
+            relabel_dataset(env_name, env, labelled)
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"`qpos` of `{path}`, of shape {columns['qpos'].shape}, must be that of "
+                f"`{env_name}`, but OGBench finds no task in it ({error}). Name the file after the "
+                "environment that it was made in."
+            ) from error
     finally:
         env.close()
     return labelled["rewards"], labelled["masks"]

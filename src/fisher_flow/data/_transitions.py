@@ -213,7 +213,7 @@ class Transitions(eqx.Module):
                         f"Write `{name}[{i}]={name}[{i}][:, columns]`, or leave the episode out."
                     )
             kept = steps if end else steps - 1
-            next_a = np.concatenate([a[1:], np.zeros_like(a[:1])])  # never used where it ends
+            next_a = np.concatenate([a[1:], np.zeros_like(a[:1])])  # nothing, after the end
             episodes.append(
                 (
                     jax.tree.map(lambda leaf, kept=kept: leaf[:kept], o),
@@ -315,7 +315,9 @@ class Transitions(eqx.Module):
         if self.next_actions is None:
             next_actions, reach = np.roll(actions, -1, axis=0), last - 1
         else:
-            next_actions, reach = np.asarray(self.next_actions), last
+            # Nothing is done after a terminal row, whatever stands there.
+            terminal = np.asarray(self.masks)[last] == 0
+            next_actions, reach = np.asarray(self.next_actions), last - terminal
         multi = self.n_step(horizon, discount)
         terminates = np.asarray(multi.masks) == 0
         keep = (stop <= last) & (terminates | (stop + horizon - 1 <= reach))
