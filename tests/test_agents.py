@@ -247,7 +247,7 @@ def test_flow_q_learning(normalise_q, batch, getkey):
     check_adam_step(parameters(state.flow.model), parameters(new.flow.model), gradient)
 
 
-def fisher_rao_cost(field, δ, o, a):
+def fisher_rao_cost(field, δ, o, a, key):
     """½ (s · δ + ∇ · δ)² with the score extrapolated from two times."""
     t_1 = 0.9  # as before it is settled. r² = ((1 - t) / t)²; the second time has half of it
     r = (1 - t_1) / t_1
@@ -263,7 +263,27 @@ def fisher_rao_cost(field, δ, o, a):
     return 0.5 * (s @ mlp(δ, o, a) + jnp.trace(J)) ** 2
 
 
-def euclidean_cost(field, δ, o, a):
+def paper_score(field, o, a):
+    t = 0.8
+    return (t * mlp(field.network, o, a, jnp.full(1, t)) - a) / (1 - t)
+
+
+def rank_one_cost(field, δ, o, a, key):
+    """½ (s · δ)² / |s|²."""
+    s = paper_score(field, o, a)
+    return 0.5 * (s @ mlp(δ, o, a)) ** 2 / (s @ s)
+
+
+def averaged_cost(field, δ, o, a, key):
+    """½ δᵀ (F + 10⁻³ I) δ / tr(F + 10⁻³ I) with F the mean of s sᵀ over four samples."""
+    keys = jr.split(key, 4)
+    samples = [integrate(field, o, jr.normal(key, a.shape, a.dtype)) for key in keys]
+    scores = jnp.stack([paper_score(field, o, sample) for sample in samples])
+    F = jnp.einsum("ki, kj -> ij", scores, scores) / 4 + 1e-3 * jnp.eye(action_size)
+    return 0.5 * mlp(δ, o, a) @ F @ mlp(δ, o, a) / jnp.trace(F)
+
+
+def euclidean_cost(field, δ, o, a, key):
     return 0.5 * jnp.sum(mlp(δ, o, a) ** 2)
 
 
@@ -271,16 +291,18 @@ def euclidean_cost(field, δ, o, a):
     "make, cost_of_one, from_data",
     [
         (lambda **options: ff.FisherDecorator(radius=0.3, **options), fisher_rao_cost, False),
+        (lambda **options: ff.FisherDecorator.paper(0.3, **options), rank_one_cost, False),
+        (lambda **options: ff.FisherDecorator.released(0.3, **options), averaged_cost, False),
         (lambda **options: ff.FisherDecorator.deflow(2, 0.3, **options), euclidean_cost, False),
         (lambda **options: ff.FisherDecorator.deflow(2, 0.3, **options), euclidean_cost, True),
     ],
-    ids=["Fisher-Rao", "DeFlow", "DeFlow, actions of the data"],
+    ids=["Fisher-Rao", "paper", "released", "DeFlow", "DeFlow, actions of the data"],
 )
 def test_fisher_decorator(make, cost_of_one, from_data, batch, getkey):
     agent = make(flow=flow, critic=critic, from_data=from_data)
     key, state = getkey(), start(agent, batch, getkey)
     new, logs = eqx.filter_jit(agent.update)(state, batch, key=key)
-    flow_key, next_key, base_key, _ = jr.split(key, 4)
+    flow_key, next_key, base_key, cost_key = jr.split(key, 4)
     field, δ = state.flow.model, state.residual.model.mlp
     shape, dtype = batch.actions.shape, batch.actions.dtype
 
@@ -301,23 +323,37 @@ def test_fisher_decorator(make, cost_of_one, from_data, batch, getkey):
     check_adam_step(parameters(state.critic.model), parameters(new.critic.model), gradient)
     check_target_follows(state.target_critic, new.critic.model, new.target_critic)
 
+    cost_keys = jr.split(cost_key, rows)
+
     def residual_loss(δ):
-        def one(o, a):
-            cost = cost_of_one(sg_tree(field), δ, o, sg(a))
+        def one(o, a, key):
+            cost = cost_of_one(sg_tree(field), δ, o, sg(a), key)
             return q_min(state.critic.model, o, clip(sg(a) + mlp(δ, o, sg(a)))), cost
 
-        q, cost = jax.vmap(one)(batch.observations, a)
+        q, cost = jax.vmap(one)(batch.observations, a, cost_keys)
         scale = sg(jnp.mean(jnp.abs(q)))
         return -jnp.mean(q) / scale + jnp.exp(state.log_dual) * jnp.mean(cost) / 0.3
 
     _, gradient = grad(residual_loss, δ)
     check_adam_step(parameters(δ), parameters(new.residual.model.mlp), gradient)
-    cost = jnp.mean(jax.vmap(lambda o, a: cost_of_one(field, δ, o, a))(batch.observations, a))
+    cost = jnp.mean(
+        jax.vmap(lambda o, a, key: cost_of_one(field, δ, o, a, key))(
+            batch.observations, a, cost_keys
+        )
+    )
     assert np.allclose(logs["cost"], cost, rtol=1e-5)
     step = 0.01 * np.clip(cost / 0.3 - 1, -1, 1)
     assert np.allclose(new.log_dual, state.log_dual + step, rtol=1e-10)
     _, gradient = grad(flow_loss, field, batch, flow_key)
     check_adam_step(parameters(field), parameters(new.flow.model), gradient)
+
+
+@pytest.mark.parametrize("metric", [ff.FisherRao(), ff.Euclidean()], ids=["Fisher-Rao", "L2"])
+def test_a_radius_of_zero_leaves_the_flow_as_it_is(metric, getkey):
+    agent = ff.FisherDecorator(metric, 0.0, num_candidates=1, **small)
+    trained = ff.train(agent, bandit(200), 120, batch_size=32, progress=False)
+    policy, o, key = trained.policy(), jr.normal(getkey(), (1,)), getkey()
+    assert np.array_equal(policy.sample(o, key=key), policy.flow_policy.sample(o, key=key))
 
 
 def sg_tree(module):
@@ -327,12 +363,16 @@ def sg_tree(module):
 @pytest.mark.parametrize(
     "task, expected",
     [
-        ("cube-single-play-singletask-v0", (0.99, jnp.mean, 0.001, 1_000_000)),
-        ("antmaze-giant-navigate-singletask-task3-v0", (0.995, jnp.min, 0.01, 1_000_000)),
-        ("humanoidmaze-medium-navigate-singletask-v0", (0.995, jnp.mean, 0.001, 1_000_000)),
-        ("puzzle-3x3-play-singletask-v0", (0.99, jnp.mean, 0.005, 1_000_000)),
-        ("antmaze-large-play-v2", (0.99, jnp.min, 0.001, 500_000)),
-        ("pen-human-v1", (0.99, jnp.min, 0.001, 500_000)),
+        ("cube-single-play-singletask-v0", (0.99, jnp.mean, 0.001, 1_000_000, 300)),
+        ("visual-cube-double-play-singletask-v0", (0.99, jnp.mean, 0.001, 500_000, 300)),
+        ("antmaze-giant-navigate-singletask-task3-v0", (0.995, jnp.min, 0.01, 1_000_000, 10)),
+        ("antmaze-large-navigate-singletask-v0", (0.99, jnp.min, 0.01, 1_000_000, 10)),
+        ("humanoidmaze-medium-navigate-singletask-v0", (0.995, jnp.mean, 0.001, 1_000_000, 30)),
+        ("puzzle-3x3-play-singletask-v0", (0.99, jnp.mean, 0.005, 1_000_000, 1000)),
+        ("antmaze-large-play-v2", (0.99, jnp.min, 0.001, 500_000, 3)),
+        ("antmaze-umaze-v2", (0.99, jnp.min, 0.001, 500_000, 10)),
+        ("pen-human-v1", (0.99, jnp.min, 0.001, 500_000, 10_000)),
+        ("pen-expert-v1", (0.99, jnp.min, 0.001, 500_000, 3000)),
     ],
 )
 def test_published_settings(task, expected):
@@ -340,6 +380,13 @@ def test_published_settings(task, expected):
     assert settings == expected
     critic = settings.critic(width_size=8)
     assert (critic.discount, critic.aggregate, critic.width_size) == (*expected[:2], 8)
+    discount, _, radius, _, coefficient = expected
+    fidec, deflow = settings.fisher_decorator(), settings.deflow(4, critic=critic)
+    fql, ifql = settings.flow_q_learning(num_candidates=2), settings.implicit_q_learning()
+    assert fidec.radius == radius and isinstance(fidec.metric, ff.ScoreOuterProduct)
+    assert deflow.radius == 2 * radius and isinstance(deflow.metric, ff.Euclidean)
+    assert (fql.coefficient, fql.normalise_q, fql.num_candidates) == (coefficient, False, 2)
+    assert all(agent.critic.discount == discount for agent in (fidec, deflow, fql, ifql))
 
 
 # --- What they are for --------------------------------------------------------------------------

@@ -62,6 +62,10 @@ cases = [
     ("ff.FlowQLearning(critic=ff.BehaviourFlow())", "critic", "BehaviourFlow", "critic=fisher_flow.TemporalDifference()"),
     # one thing for another
     ("ff.FisherDecorator(radius='0.5')", "radius", "'0.5'", "radius=0.5"),
+    ("ff.FlowQLearning(learning_rate=-1)", "learning_rate", "-1", "learning_rate=0.0003"),
+    ("ff.ImplicitQLearning(expectile=1.5)", "expectile", "from 0 to 1, but got 1.5", "expectile=0.9"),
+    ("ff.normalised_score('antmaze-large-navigate-v0', [-200.0])", "task", "navigate", "task=(low, high)"),
+    ("ff.published_settings('antmaze-large-navigate-v0')", "task", "navigate", "FisherDecorator("),
     ("ff.TemporalDifference(aggregate='min')", "aggregate", "'min'", "aggregate=jax.numpy.min"),
     ("ff.ValueFlow(discount=1.5)", "discount", "1.5", "discount=0.99"),
     ("ff.train(ff.OneStep(), data, 1, seeds=3)", "seeds", "`3`", "seeds=range(3)"),

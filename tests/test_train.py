@@ -361,6 +361,12 @@ def test_tensorboard(tmp_path):
     assert b"critic_loss" in file.read_bytes()
 
 
+def test_tensorboard_is_missed_before_the_training(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r'tensorboardX.*`pip install "fisher_flow\[offline\]"`'):
+        ff.TensorBoard(tmp_path)
+
+
 def test_loggers_are_closed_however_the_training_ends():
     class Logger:
         def __init__(self, fails):

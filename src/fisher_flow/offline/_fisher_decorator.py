@@ -117,6 +117,7 @@ class FisherDecorator(AbstractAgent):
         check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")
         check_at_least("radius", radius, 0, 0.5)
         check_parts(flow, critic)
+        check_at_least("learning_rate", learning_rate, 0, 3e-4)
         check_positive_integer("num_candidates", num_candidates, 1)
         self.metric = metric
         self.radius = radius
@@ -220,6 +221,9 @@ class FisherDecorator(AbstractAgent):
 
         cost_keys = jr.split(cost_key, len(batch))
         λ = lax.stop_gradient(jnp.exp(state.log_dual))
+        # With a radius of zero nothing draws the residual away from zero, where it starts.
+        may_move = jnp.asarray(self.radius) > 0
+        ε = jnp.where(may_move, self.radius, 1)
 
         @eqx.filter_grad(has_aux=True)
         def residual_gradient(δ):
@@ -229,12 +233,12 @@ class FisherDecorator(AbstractAgent):
             q = jax.vmap(state.critic.model)(o, π.project(a + jax.vmap(δ)(o, a)))
             scale = lax.stop_gradient(jnp.mean(jnp.abs(q)))
             cost = jnp.mean(jax.vmap(cost_of_one)(o, a, cost_keys))
-            loss = -jnp.mean(q) / scale + λ * cost / self.radius
+            loss = λ * cost / ε - jnp.where(may_move, jnp.mean(q) / scale, 0)
             return loss, {"cost": cost, "actor_q": jnp.mean(q)}
 
         gradient, residual_logs = residual_gradient(δ)
         residual = state.residual.step(gradient, self._optimiser())
-        violation = jnp.clip(residual_logs["cost"] / self.radius - 1, -1, 1)
+        violation = jnp.clip(residual_logs["cost"] / ε - 1, -1, 1)
         log_dual = state.log_dual + 0.01 * lax.stop_gradient(violation)
 
         target_critic = self.critic.follow(state.target_critic, critic.model)

@@ -76,6 +76,7 @@ class FlowQLearning(AbstractAgent):
         """
         check_at_least("coefficient", coefficient, 0, 1.0)
         check_parts(flow, critic)
+        check_at_least("learning_rate", learning_rate, 0, 3e-4)
         check_positive_integer("num_candidates", num_candidates, 1)
         self.flow = flow
         self.critic = critic

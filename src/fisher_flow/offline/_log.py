@@ -101,16 +101,28 @@ class TensorBoard:
         """**Arguments:**
 
         - `folder`: where to write.
+
+        **Raises:**
+
+        - `ImportError` if tensorboardX is not installed.
         """
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "`TensorBoard` needs tensorboardX, which is not installed. Write "
+                '`pip install "fisher_flow[offline]"`.'
+            ) from error
         self.folder = Path(folder)
+        self._make_writer = SummaryWriter
         self._writers = {}
 
     def __call__(self, seed: int, updates: int, values: dict[str, float]) -> None:
         """Writes one row."""
-        from tensorboardX import SummaryWriter
-
         if seed not in self._writers:
-            self._writers[seed] = SummaryWriter(str(self.folder / f"seed_{seed}"))
+            # Of a run that was stopped, what comes after the row where it is taken up is hidden.
+            folder = str(self.folder / f"seed_{seed}")
+            self._writers[seed] = self._make_writer(folder, purge_step=updates)
         for key, value in values.items():
             self._writers[seed].add_scalar(key, value, updates)
         self._writers[seed].flush()

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..values import TemporalDifference
+from ._fisher_decorator import FisherDecorator
+from ._flow_q_learning import FlowQLearning
+from ._implicit_q_learning import ImplicitQLearning
 
 
 class PublishedSettings(NamedTuple):
@@ -18,13 +21,16 @@ class PublishedSettings(NamedTuple):
     """The discount."""
 
     aggregate: Callable[[Array], Array]
-    """How the two values of the critic become one."""
+    """How the two values of the critic become one, here in the loss of a policy too."""
 
     radius: float
-    """The radius of the Fisher Decorator paper; it is no KL."""
+    """The radius of the Fisher Decorator paper, which is no KL, and the divergence of DeFlow."""
 
     num_updates: int
     """The number of updates."""
+
+    coefficient: float
+    """The coefficient of FQL, for values that are not normalised."""
 
     def critic(self, **options: Any) -> TemporalDifference:
         """A critic with these settings.
@@ -33,7 +39,47 @@ class PublishedSettings(NamedTuple):
 
         - `options`: other arguments of [`fisher_flow.TemporalDifference`][].
         """
-        return TemporalDifference(discount=self.discount, aggregate=self.aggregate, **options)
+        defaults: Any = dict(discount=self.discount, aggregate=self.aggregate)
+        return TemporalDifference(**defaults | options)
+
+    def fisher_decorator(self, **options: Any) -> FisherDecorator:
+        """FiDec, as in its paper.
+
+        **Arguments:**
+
+        - `options`: other arguments of [`fisher_flow.FisherDecorator`][].
+        """
+        return FisherDecorator.paper(self.radius, **{"critic": self.critic(), **options})
+
+    def deflow(self, action_size: int, **options: Any) -> FisherDecorator:
+        """DeFlow.
+
+        **Arguments:**
+
+        - `action_size`: the number of entries of an action.
+        - `options`: other arguments of [`fisher_flow.FisherDecorator`][].
+        """
+        options = {"critic": self.critic(), **options}
+        return FisherDecorator.deflow(action_size, self.radius, **options)
+
+    def flow_q_learning(self, **options: Any) -> FlowQLearning:
+        """FQL.
+
+        **Arguments:**
+
+        - `options`: other arguments of [`fisher_flow.FlowQLearning`][].
+        """
+        defaults: Any = dict(critic=self.critic(), coefficient=self.coefficient, normalise_q=False)
+        return FlowQLearning(**defaults | options)
+
+    def implicit_q_learning(self, **options: Any) -> ImplicitQLearning:
+        """IFQL: the best of 32 actions, by a critic of the expectile 0.9.
+
+        **Arguments:**
+
+        - `options`: other arguments of [`fisher_flow.ImplicitQLearning`][].
+        """
+        return ImplicitQLearning(**{"critic": self.critic(), **options})
 
 
 _radii = {
@@ -43,6 +89,22 @@ _radii = {
     "puzzle": 0.005,
     "antmaze": 0.01,
     "antsoccer": 0.01,
+}
+_coefficients = {
+    "humanoidmaze": 30.0,
+    "cube": 300.0,
+    "scene": 300.0,
+    "puzzle": 1000.0,
+    "antmaze": 10.0,
+    "antmaze-large": 3.0,  # of D4RL
+    "antsoccer": 10.0,
+    "pen": 10_000.0,
+    "pen-expert": 3000.0,
+    "door": 30_000.0,
+    "hammer": 30_000.0,
+    "hammer-cloned": 10_000.0,
+    "relocate": 30_000.0,
+    "relocate-human": 10_000.0,
 }
 _adroit = ("pen", "door", "hammer", "relocate")
 
@@ -56,7 +118,8 @@ def published_settings(task: str) -> PublishedSettings:
         import fisher_flow
 
         settings = fisher_flow.published_settings("antmaze-large-navigate-singletask-v0")
-        agent = fisher_flow.FisherDecorator.paper(settings.radius, critic=settings.critic())
+        agent = settings.fisher_decorator()
+        rival = settings.flow_q_learning()
         ```
 
     **Arguments:**
@@ -70,9 +133,15 @@ def published_settings(task: str) -> PublishedSettings:
 
     ??? cite "Reference"
 
-        Appendix of
+        The coefficients are those of FQL's code, the others those of the appendix of the second.
 
         ```bibtex
+        @inproceedings{park2025flow,
+            title={Flow {Q}-learning},
+            author={Park, Seohong and Li, Qiyang and Levine, Sergey},
+            booktitle={International Conference on Machine Learning},
+            year={2025},
+        }
         @article{cheng2026fisher,
             title={Fisher Decorator: Refining flow policy via a local transport map},
             author={Cheng and Wang and Yuan and Wang and Chen and Zeng and Sun},
@@ -81,9 +150,10 @@ def published_settings(task: str) -> PublishedSettings:
         }
         ```
     """
-    family = task.split("-")[0]
+    family = task.removeprefix("visual-").split("-")[0]
     is_ogbench = "singletask" in task
-    if (is_ogbench and family not in _radii) or family not in (*_radii, *_adroit):
+    known = _radii if is_ogbench else ("antmaze", *_adroit)
+    if family not in known or "navigate" in task and not is_ogbench:
         raise ValueError(
             "`task` must be of a family with published settings, "
             f"{', '.join([*_radii, *_adroit])}, but got `{task!r}`. Write the settings out: "
@@ -91,9 +161,12 @@ def published_settings(task: str) -> PublishedSettings:
         )
     long = "giant" in task or family in ("humanoidmaze", "antsoccer")
     cautious = family == "antmaze" or family in _adroit
+    kind = "-".join(task.split("-")[:2])  # such as `pen-expert`
+    by_kind = _coefficients.get(kind, _coefficients[family])
     return PublishedSettings(
         discount=0.995 if long else 0.99,
         aggregate=jnp.min if cautious else jnp.mean,
         radius=_radii[family] if is_ogbench else 0.001,
         num_updates=500_000 if "visual" in task or not is_ogbench else 1_000_000,
+        coefficient=_coefficients[family] if is_ogbench else by_kind,
     )

@@ -152,7 +152,8 @@ def train(
     - `folder`: where to write `train.csv` (the statistics that the agent logs, averaged over the
         updates since the last row), `evaluations.csv` and checkpoints.
     - `checkpoint_every`: the number of updates between checkpoints; by default a tenth of all.
-    - `log_every`: the number of updates between rows of the log.
+    - `log_every`: the number of updates between rows of the log. There are others at the first
+        hundreds, at every thousand and where the run is evaluated or saved.
     - `loggers`: called as `logger(seed, updates, values)` with every row of either file, for
         example [`fisher_flow.TensorBoard`][] or [`fisher_flow.WeightsAndBiases`][]. One that has a
         `close()` is closed when the training ends, in whichever way.
