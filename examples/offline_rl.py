@@ -5,9 +5,10 @@ Trains an agent on logged transitions, with several seeds, and plays it in the r
     python examples/make_data.py pendulum --out data
     python examples/offline_rl.py --task pendulum --agent fidec --out results
 
-leaves in the folder `--out` the settings, `train.csv`, `evaluations.csv`, checkpoints, a table and
-the learning curves. With `--online-steps 20000` the policies then play, and learn from what they
-play. A run that was stopped goes on when the same command is given again.
+leaves in the folder `--out` the settings, `train.csv`, `evaluations.csv`, checkpoints, a table, the
+learning curves, and the policies as programs that run with JAX alone. With `--online-steps 20000`
+the policies then play, and learn from what they play. A run that was stopped goes on when the same
+command is given again.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import gymnasium
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -31,10 +33,14 @@ class Settings:
     """What to train, on what, and for how long."""
 
     task: str = "pendulum"
-    """`pendulum`, `halfcheetah`, an OGBench task such as `cube-single-play-singletask-v0`, or the
-    id of a Minari dataset."""
+    """`pendulum`, `halfcheetah`, an OGBench task such as `cube-single-play-singletask-v0`, the id
+    of a Minari dataset, or an HDF5 file in the layout of D4RL."""
     data: Path = Path("data")
-    """The folder with the files that `make_data.py` wrote."""
+    """The folder with the files that `make_data.py` wrote, or those of OGBench."""
+    env: str | None = None
+    """For a file of D4RL: the Gymnasium environment to play, such as `HalfCheetah-v5`."""
+    maze_rewards: bool | None = None
+    """For a file of D4RL's antmaze: whether rewards are -1 and 0 instead of 0 and 1."""
     agent: Literal["fidec", "one-step", "deflow", "fql", "ifql", "bc"] = "fidec"
     """Which agent to train."""
     metric: Literal["fisher-rao", "paper", "released"] = "fisher-rao"
@@ -88,14 +94,21 @@ class Task(NamedTuple):
     is_success: bool = False  # whether the score is the share of successes, not the return
 
 
-def load_task(name: str, folder: Path) -> Task:
+def load_task(
+    name: str, folder: Path, env: str | None = None, maze_rewards: bool | None = None
+) -> Task:
     """The transitions and the environment of a task, actions between -1 and 1."""
     if name == "pendulum":
-        transitions = fisher_flow.load_d4rl(folder / "pendulum-mixture.hdf5")
-        return Task(transitions, functools.partial(_rescaled, "Pendulum-v1"))
+        return load_file(folder / "pendulum-mixture.hdf5", "Pendulum-v1")
     if name == "halfcheetah":
-        transitions = fisher_flow.load_d4rl(folder / "halfcheetah-replay.hdf5")
-        return Task(transitions, functools.partial(gymnasium.make, "HalfCheetah-v5"))
+        return load_file(folder / "halfcheetah-replay.hdf5", "HalfCheetah-v5")
+    if name.endswith((".hdf5", ".h5")):
+        if env is None:
+            raise ValueError(
+                f"`env` must be the environment in which `{name}` was recorded, but got none. "
+                "Write, for example, `--env HalfCheetah-v5`."
+            )
+        return load_file(Path(name), env, maze_rewards)
     if "singletask" in name:
         import ogbench
 
@@ -106,23 +119,52 @@ def load_task(name: str, folder: Path) -> Task:
 
     if name not in minari.list_local_datasets():
         raise ValueError(
-            f"`task` must be `pendulum`, `halfcheetah`, an OGBench task, or one of the Minari "
-            f"datasets here, {sorted(minari.list_local_datasets())}, but got `{name}`. Write "
-            "`--task cube-single-play-singletask-v0`."
+            f"`task` must be `pendulum`, `halfcheetah`, an OGBench task, a file that ends in "
+            f"`.hdf5`, or one of the Minari datasets here, {sorted(minari.list_local_datasets())}, "
+            f"but got `{name}`. Write `--task cube-single-play-singletask-v0`."
         )
     dataset = minari.load_dataset(name)
-    make_env = functools.partial(dataset.recover_environment, eval_env=True)
-    return Task(fisher_flow.load_minari(dataset), make_env)
+    space: Any = dataset.action_space
+    bounds = (float(space.low.min()), float(space.high.max()))
+    transitions = fisher_flow.load_minari(dataset, bounds=bounds)
+    rescale = lambda a: (2 * (a - space.low) / (space.high - space.low) - 1).astype(a.dtype)
+    transitions = dataclasses.replace(
+        transitions,
+        actions=rescale(transitions.actions),
+        next_actions=rescale(transitions.next_actions),
+    )
+    return Task(transitions, lambda: rescaled(dataset.recover_environment(eval_env=True)))
 
 
-def _rescaled(name: str) -> gymnasium.Env:
-    return gymnasium.wrappers.RescaleAction(gymnasium.make(name), np.float32(-1), np.float32(1))
+def load_file(path: Path, env: str, maze_rewards: bool | None = None) -> Task:
+    """A file in the layout of D4RL, whose actions are between -1 and 1 whatever the environment."""
+    make_env = lambda: rescaled(gymnasium.make(env))
+    spec: Any = make_env().spec
+    transitions = fisher_flow.load_d4rl(
+        path, maze_rewards=maze_rewards, max_episode_steps=spec.max_episode_steps
+    )
+    return Task(transitions, make_env)
+
+
+def rescaled(env: gymnasium.Env) -> gymnasium.Env:
+    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def stack_images(task: Task, num_frames: int = 3) -> Task:
+    """Several frames at a time, which show velocities."""
+    make_env = lambda: gymnasium.wrappers.FrameStackObservation(task.make_env(), num_frames)
+    return task._replace(transitions=task.transitions.stack_frames(num_frames), make_env=make_env)
 
 
 def over_several_steps(
     transitions: fisher_flow.Transitions, settings: Settings
 ) -> fisher_flow.Transitions:
     """Transitions over as many steps, or of chunks of as many actions, as the settings say."""
+    if settings.horizon > 1 and settings.num_steps > 1:
+        raise ValueError(
+            f"`num_steps` must be 1 for chunks, which take the rewards of their {settings.horizon} "
+            f"steps, but got {settings.num_steps}. Write `--num-steps 1`."
+        )
     if settings.horizon > 1:
         return transitions.chunks(settings.horizon, settings.discount)
     return transitions.n_step(settings.num_steps, settings.discount)
@@ -131,17 +173,23 @@ def over_several_steps(
 def range_of_returns(transitions: fisher_flow.Transitions, discount: float) -> tuple[float, float]:
     """The least and the largest discounted return in the data, and a tenth more on either side."""
     horizon = math.ceil(1 / max(1 - discount, 1e-3))
-    returns = transitions.n_step(horizon, discount).rewards
+    long = transitions.n_step(horizon, discount)
+    # The return of what has not ended, were it to go on at the same rate. Not of what is cut off
+    # sooner than the rest: a single reward says little of the rate.
+    rest = discount * np.asarray(long.masks)
+    rows = rest <= 1.0001 * np.min(rest[rest > 0], initial=1)
+    returns = np.asarray(long.rewards)[rows] / (1 - np.minimum(rest[rows], 0.999))
     low, high = float(np.min(returns)), float(np.max(returns))
-    margin = 0.1 * (high - low) or 1.0
+    margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
     return low - margin, high + margin
 
 
 def make_agent(
-    settings: Settings, action_size: int, returns: tuple[float, float]
+    settings: Settings, action_size: int, returns: tuple[float, float], has_images: bool = False
 ) -> fisher_flow.AbstractAgent:
     """The agent that the settings describe."""
-    networks: Any = dict(width_size=settings.width, depth=settings.depth)
+    encoder = fisher_flow.ImpalaEncoder() if has_images else None
+    networks: Any = dict(width_size=settings.width, depth=settings.depth, encoder=encoder)
     rate = settings.learning_rate
     flow = fisher_flow.BehaviourFlow(**networks, learning_rate=rate)
     learning: Any = dict(
@@ -179,26 +227,46 @@ def make_agent(
 
 
 def main(settings: Settings) -> None:
-    task = load_task(settings.task, settings.data)
-    normaliser = fisher_flow.Normaliser.of(task.transitions)
+    task = load_task(settings.task, settings.data, settings.env, settings.maze_rewards)
+    columns = jax.tree.leaves(task.transitions.observations)
+    has_images = any(column.dtype == np.uint8 for column in columns)
+    if has_images:
+        task = stack_images(task)
+        normaliser, augment = None, fisher_flow.RandomCrop()
+    else:
+        normaliser, augment = fisher_flow.Normaliser.of(task.transitions), None
     mean_reward = task.transitions.rewards.mean()
     print(f"{len(task.transitions)} transitions; a mean reward of {mean_reward:.3g}")
     # Critics want values of order one.
     scale = float(np.std(task.transitions.rewards)) or 1.0
     rescale = lambda t: dataclasses.replace(t, rewards=t.rewards / scale)
     prepare = lambda t: over_several_steps(rescale(t), settings)
-    transitions = normaliser.transitions(task.transitions)
+    transitions = task.transitions
+    if normaliser is not None:
+        transitions = normaliser.transitions(transitions)
     returns = range_of_returns(rescale(transitions), settings.discount)
     transitions = prepare(transitions)
-    agent = make_agent(settings, int(np.prod(transitions.actions.shape[1:])), returns)
+    action_size = int(np.prod(transitions.actions.shape[1:]))
+    agent = make_agent(settings, action_size, returns, has_images)
 
     envs = gymnasium.vector.SyncVectorEnv([task.make_env] * settings.episodes)
 
+    def of_raw_observations(policy: fisher_flow.AbstractPolicy) -> fisher_flow.AbstractPolicy:
+        return policy if normaliser is None else fisher_flow.NormalisedPolicy(policy, normaliser)
+
     def evaluate(policy: fisher_flow.AbstractPolicy, seed: int) -> dict[str, float]:
-        policy = fisher_flow.NormalisedPolicy(policy, normaliser)
+        policy = of_raw_observations(policy)
         episodes = fisher_flow.rollout(policy, envs, seed=1_000_000 * (seed + 1))
         score = 100 * episodes.successes if task.is_success else episodes.returns
         return {"score": float(score.mean()), "return": float(episodes.returns.mean())}
+
+    def write_settings() -> None:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
+        (settings.out / "settings.json").write_text(text)
+
+    if not (settings.out / "run.json").exists():
+        write_settings()
 
     trained = fisher_flow.train(
         agent,
@@ -206,17 +274,16 @@ def main(settings: Settings) -> None:
         settings.updates,
         seeds=range(settings.seeds),
         batch_size=settings.batch_size,
+        augment=augment,
         evaluate=evaluate,
         evaluate_every=max(1, settings.updates // settings.evaluations),
         folder=settings.out,
     )
-    # After the training, which refuses a folder that holds another.
-    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
-    (settings.out / "settings.json").write_text(text)
+    write_settings()  # only now over those of a run that was taken up: other runs are refused
     files = [settings.out / "evaluations.csv"]
     if settings.online_steps > 0:
         players = gymnasium.vector.SyncVectorEnv([task.make_env] * 4)
-        fisher_flow.fine_tune(
+        trained = fisher_flow.fine_tune(
             trained,
             players,
             settings.online_steps,
@@ -230,12 +297,16 @@ def main(settings: Settings) -> None:
         players.close()
         files.append(settings.out / "online" / "evaluations.csv")
     envs.close()
+    observation = jax.tree.map(lambda column: column[0], task.transitions.observations)
+    for seed in trained.seeds:  # programs that take raw observations, and need nothing but JAX
+        path = settings.out / f"policy_seed_{seed}.jax"
+        fisher_flow.export_sampler(of_raw_observations(trained.policy(seed)), observation, path)
     results = fisher_flow.Results.read(*files, task=settings.task, method=settings.agent)
     table = results.table()
     (settings.out / "table.md").write_text(table + "\n")
     results.plot_learning_curves().savefig(settings.out / "learning_curves.png", dpi=110)
-    print(f"\n{table}\n\nWrote table.md, learning_curves.png, the logs and the checkpoints to "
-          f"{settings.out}.")  # fmt: skip
+    print(f"\n{table}\n\nWrote table.md, learning_curves.png, the policies, the logs and the "
+          f"checkpoints to {settings.out}.")  # fmt: skip
 
 
 if __name__ == "__main__":

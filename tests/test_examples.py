@@ -88,7 +88,8 @@ def test_offline_rl_from_a_file_to_a_table(agent, tmp_path):
 
     train()
     written = {x.name for x in out.iterdir()}
-    assert {"settings.json", "evaluations.csv", "table.md", "learning_curves.png"} <= written
+    figures_and_tables = {"settings.json", "evaluations.csv", "table.md", "learning_curves.png"}
+    assert figures_and_tables | {"policy_seed_0.jax", "policy_seed_1.jax"} <= written
     rows = (out / "evaluations.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [
         [seed, updates] for updates in ("2", "4") for seed in ("0", "1")

@@ -172,6 +172,14 @@ def test_ogbench_errors(tmp_path):
     assert "from -2 to 2" in message(good | {"actions": np.linspace(-2, 2, 15)[:, None]})
     assert "continuous, but got int64" in message(good | {"actions": np.zeros((15, 1), int)})
     assert "'actions': 14" in message(good | {"actions": good["actions"][1:]})
+    scene = good | {"qpos": np.zeros((15, 21))}
+    write(tmp_path, scene, "scene-play-v0")
+    with pytest.raises(ValueError, match="button_states is missing"):
+        ff.load_ogbench("scene-play-singletask-v0", tmp_path)
+    whole = (tmp_path / "scene-play-v0.npz").read_bytes()
+    (tmp_path / "scene-play-v0.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="must be an .npz file, but is not, or was copied in part"):
+        ff.load_ogbench("scene-play-v0", tmp_path)
 
 
 @quiet
@@ -231,13 +239,20 @@ def test_d4rl_without_timeouts_counts_steps(tmp_path):
     # Cut off at 2, terminated at 3, cut off at 6, and the last.
     assert t.observations[:, 0].tolist() == [0, 1, 3, 4, 5, 7, 8]
     assert np.flatnonzero(t.ends).tolist() == [1, 2, 4, 6]
-    assert len(ff.load_d4rl(path)) == 9
+    with pytest.warns(UserWarning, match="no `timeouts`.*`max_episode_steps=1000`"):
+        assert len(ff.load_d4rl(path)) == 9
+    ended = np.arange(10) % 5 == 4
+    path = write_hdf5(tmp_path / "ended.hdf5", steps(timeouts=None, terminals=ended))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.flatnonzero(ff.load_d4rl(path).ends).tolist() == [4, 8]
 
 
-def test_d4rl_maze_rewards(tmp_path):
+@pytest.mark.parametrize("name", ["antmaze-umaze-v2", "Ant_maze_u-maze_noisy_multistart_False"])
+def test_d4rl_maze_rewards(tmp_path, name):
     rewards = (np.arange(10) == 3).astype(np.float32)
-    path = write_hdf5(tmp_path / "antmaze-umaze-v2.hdf5", steps(rewards=rewards))
-    with pytest.raises(ValueError, match="`maze_rewards` must be given for `antmaze-umaze-v2"):
+    path = write_hdf5(tmp_path / f"{name}.hdf5", steps(rewards=rewards))
+    with pytest.raises(ValueError, match=f"`maze_rewards` must be given for `{name}"):
         ff.load_d4rl(path)
     assert ff.load_d4rl(path, maze_rewards=True).rewards.tolist() == [-1, -1, -1, 0, *[-1] * 4]
     assert ff.load_d4rl(path, maze_rewards=False).rewards.tolist() == [0, 0, 0, 1, *[0] * 4]
@@ -389,11 +404,15 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, load):
         load(tmp_path)
 
 
-@quiet
-def test_a_task_of_the_example_has_the_environment_of_its_data(tmp_path, monkeypatch):
-    """Whose name is another than that of the file."""
+@pytest.fixture
+def offline_rl(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(root / "examples")
-    offline_rl: Any = importlib.import_module("offline_rl")
+    return importlib.import_module("offline_rl")
+
+
+@quiet
+def test_a_task_of_the_example_has_the_environment_of_its_data(tmp_path, offline_rl):
+    """Whose name is another than that of the file."""
     rng = np.random.default_rng(0)
     columns = play() | {"observations": rng.normal(size=(15, 28)), "qpos": np.zeros((15, 21))}
     columns["actions"] = rng.uniform(-1, 1, (15, 5)).astype(np.float32)
@@ -404,3 +423,50 @@ def test_a_task_of_the_example_has_the_environment_of_its_data(tmp_path, monkeyp
     assert env.action_space.shape == task.transitions.actions.shape[1:]
     assert env.observation_space.shape == task.transitions.observations.shape[1:]
     env.close()
+
+
+def test_the_example_plays_a_file_of_d4rl(tmp_path, offline_rl):
+    path = write_hdf5(tmp_path / "mine.hdf5", steps(timeouts=None))
+    with pytest.raises(ValueError, match=r"`env` must be .*mine.hdf5.*`--env HalfCheetah-v5`"):
+        offline_rl.load_task(str(path), tmp_path)
+    task = offline_rl.load_task(str(path), tmp_path, "Pendulum-v1")
+    space = task.make_env().action_space
+    assert (space.low, space.high) == (-1, 1) and len(task.transitions) == 9
+
+
+def test_the_example_rescales_the_actions_of_minari(tmp_path, offline_rl):
+    env, steps = gymnasium.make("Pendulum-v1"), np.arange(5)
+    buffer = EpisodeBuffer(
+        observations=list(np.zeros((6, 3), np.float32)),
+        actions=list(np.array([[-2], [2], [1], [0], [1]], np.float32)),
+        rewards=list(-1.0 * steps),
+        terminations=list(steps > 4),
+        truncations=list(steps == 4),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about an author, an algorithm and so on
+        minari.create_dataset_from_buffers("test/pendulum-v0", [buffer], env=env)
+    task = offline_rl.load_task("test/pendulum-v0", tmp_path)
+    assert task.transitions.actions[:, 0].tolist() == [-1, 1, 0.5, 0]
+    assert task.transitions.next_actions[:, 0].tolist() == [1, 0.5, 0, 0.5]
+    space = task.make_env().action_space
+    assert (space.low, space.high) == (-1, 1)
+
+
+@pytest.mark.parametrize("reward, discount", [(-1.0, 0.99), (3.9, 0.995)])
+@pytest.mark.parametrize("length", [50, 400])
+def test_the_example_bins_returns_that_do_not_end(reward, discount, length, offline_rl):
+    columns = [np.zeros((length + 1, 1)), np.zeros((length, 1)), np.full(length, reward)]
+    o, a, r = ([column] * 3 for column in columns)
+    transitions = ff.Transitions.from_episodes(o, a, r, [False] * 3)
+    low, high = offline_rl.range_of_returns(transitions, discount)
+    value = reward / (1 - discount)
+    assert low < value < high and high - low < 0.5 * abs(value)
+
+
+def test_the_example_bins_returns_that_end(offline_rl):
+    columns = [np.zeros((11, 1)), np.zeros((10, 1)), np.arange(10) == 9]
+    o, a, r = ([column] * 3 for column in columns)
+    transitions = ff.Transitions.from_episodes(o, a, r, [True] * 3)
+    low, high = offline_rl.range_of_returns(transitions, 0.99)
+    assert 0.99**9 - 0.05 < low < 0.99**9 and 1 < high < 1.05

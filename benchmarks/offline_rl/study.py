@@ -70,7 +70,7 @@ def methods(width: int, action_size: int) -> dict[str, fisher_flow.AbstractAgent
         agents[f"FiDec, Fisher-Rao, {radius} nats"] = FiDec(radius=radius, **options)
     agents["FiDec, Fisher-Rao, 0.5 nats, from the data"] = FiDec(from_data=True, **options)
     agents["IFQL"] = fisher_flow.ImplicitQLearning(**options)
-    for α in (0.03, 0.3, 3.0):
+    for α in (0.03, 0.3, 3.0, 10.0):
         agents[f"FQL, α = {α}"] = fisher_flow.FlowQLearning(coefficient=α, **options)
     for ε in (0.003, 0.03, 0.3):
         agents[f"DeFlow, ε = {ε}"] = FiDec.deflow(action_size, ε, **options)
