@@ -13,7 +13,10 @@ examples = Path(__file__).parent.parent / "examples"
 
 
 def run(name, arguments, **environment):
-    code = f"import {name}; {name}.main({arguments})"
+    return execute(f"import {name}; {name}.main({arguments})", **environment)
+
+
+def execute(code, **environment):
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=examples,
@@ -97,3 +100,19 @@ def test_offline_rl_from_a_file_to_a_table(agent, tmp_path):
     again = train()  # there is nothing left to do
     assert (out / "evaluations.csv").read_text().splitlines() == rows
     assert (out / "table.md").read_text().strip() in again.stdout
+
+
+def test_offline_rl_from_images(tmp_path):
+    code = f"""
+import fisher_flow, offline_rl, pathlib, pixels
+encoder = fisher_flow.ImpalaEncoder(widths=(4,), output_size=8)
+fisher_flow.ImpalaEncoder = lambda: encoder
+task = offline_rl.Task(pixels.play(1, seed=0), pixels.make_env)
+offline_rl.load_task = lambda *arguments: task
+offline_rl.main(offline_rl.Settings(
+    agent="bc", out=pathlib.Path({str(tmp_path)!r}), seeds=1, updates=1, batch_size=4,
+    width=8, depth=1, evaluations=1, episodes=1,
+))
+"""
+    printed = execute(code)
+    assert "199 transitions" in printed and (tmp_path / "policy_seed_0.jax").exists()
