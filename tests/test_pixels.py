@@ -1,17 +1,19 @@
 """Images in observations: encoders, crops, stacks of frames, and agents that learn from them."""
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import gymnasium
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from gymnasium.wrappers import FrameStackObservation
+from gymnasium.wrappers import AddRenderObservation, FrameStackObservation, TransformObservation
 from helpers import dtypes
 
 import fisher_flow as ff
@@ -402,6 +404,38 @@ def test_a_pendulum_is_seen(pixels):
         return losses[-1]
 
     assert loss(data) < 0.88 * loss(blank)
+
+
+def make_rendered_env(num_frames=3):
+    """Every twentieth pixel of the pictures that Gymnasium shows to people."""
+    env = gymnasium.make("Pendulum-v1", render_mode="rgb_array", max_episode_steps=8)
+    env = TransformObservation(
+        AddRenderObservation(env),
+        lambda image: image[::20, ::20],
+        gymnasium.spaces.Box(0, 255, (25, 25, 3), np.uint8),
+    )
+    return env if num_frames == 1 else FrameStackObservation(env, num_frames)
+
+
+def test_agents_learn_from_the_pictures_of_gymnasium_and_play():
+    env, rng = make_rendered_env(num_frames=1), np.random.default_rng(0)
+    seen, actions, rewards = [env.reset(seed=0)[0]], [], []
+    for _ in range(8):
+        actions.append(rng.uniform(-2, 2, 1).astype(np.float32))
+        image, reward, *_ = env.step(actions[-1])
+        seen.append(image)
+        rewards.append(np.float32(reward))
+    env.close()
+    assert all(np.any(image != after) for image, after in itertools.pairwise(seen))
+    episode = (np.stack(seen), np.stack(actions), np.stack(rewards))
+    data = ff.Transitions.from_episodes(*([column] for column in episode), terminated=[False])
+    wide = ff.BehaviourFlow(**sizes, num_steps=2, bounds=(-2.0, 2.0))
+    agent = ff.ImplicitQLearning(flow=wide, critic=critic, num_candidates=2)
+    trained = train(agent, data.stack_frames(3), 3, augment=ff.RandomCrop(2))
+    envs = gymnasium.vector.SyncVectorEnv([make_rendered_env] * 2)
+    episodes = ff.rollout(trained.policy(), envs, seed=1)
+    envs.close()
+    assert episodes.lengths.tolist() == [8, 8] and np.all(episodes.returns < 0)
 
 
 # --- Messages -----------------------------------------------------------------------------------
