@@ -6,9 +6,10 @@ Trains an agent on logged transitions, with several seeds, and plays it in the r
     python examples/offline_rl.py --task pendulum --agent fidec --out results
 
 leaves in the folder `--out` the settings, `train.csv`, `evaluations.csv`, checkpoints, a table, the
-learning curves, and the policies as programs that run with JAX alone. With `--online-steps 20000`
-the policies then play, and learn from what they play. A run that was stopped goes on when the same
-command is given again.
+learning curves, and the policies as programs that run with JAX alone. Those take observations as
+they come (images in stacks of three) and return actions between -1 and 1, as the environments here
+do through `RescaleAction`. With `--online-steps 20000` the policies then play, and learn from what
+they play. A run that was stopped goes on when the same command is given again.
 """
 
 import dataclasses
@@ -52,8 +53,8 @@ class Settings:
     coefficient: float = 0.3
     """For `fql`: the weight of the distillation."""
     best_of: int | None = None
-    """The number of actions of which the best by the critic is taken: by default 2 for `fidec` and
-    `one-step`, 32 for `ifql`, 1 otherwise."""
+    """The number of actions of which the best by the critic is taken: by default 2 for `one-step`
+    and for `fidec` with its own metric, 32 for `ifql`, 1 otherwise."""
     seeds: int = 3
     """The number of seeds: 0, 1, ..."""
     updates: int = 10_000
@@ -125,6 +126,11 @@ def load_task(
         )
     dataset = minari.load_dataset(name)
     space: Any = dataset.action_space
+    if not isinstance(space, gymnasium.spaces.Box) or not space.is_bounded():
+        raise ValueError(
+            f"`task` must have actions between bounds, from which they are rescaled, but those of "
+            f"`{name}` are {space}. Rescale them in Python: `fisher_flow.load_minari({name!r})`."
+        )
     bounds = (float(space.low.min()), float(space.high.max()))
     transitions = fisher_flow.load_minari(dataset, bounds=bounds)
     rescale = lambda a: (2 * (a - space.low) / (space.high - space.low) - 1).astype(a.dtype)
@@ -151,7 +157,7 @@ def rescaled(env: gymnasium.Env) -> gymnasium.Env:
 
 
 def stack_images(task: Task, num_frames: int = 3) -> Task:
-    """Several frames at a time, which show velocities."""
+    """Several frames at a time, which show velocities, and take as many times the memory."""
     make_env = lambda: gymnasium.wrappers.FrameStackObservation(task.make_env(), num_frames)
     return task._replace(transitions=task.transitions.stack_frames(num_frames), make_env=make_env)
 
@@ -167,15 +173,17 @@ def over_several_steps(
         )
     if settings.horizon > 1:
         return transitions.chunks(settings.horizon, settings.discount)
-    return transitions.n_step(settings.num_steps, settings.discount)
+    if settings.num_steps > 1:
+        return transitions.n_step(settings.num_steps, settings.discount)
+    return transitions
 
 
 def range_of_returns(transitions: fisher_flow.Transitions, discount: float) -> tuple[float, float]:
-    """The least and the largest discounted return in the data, and a tenth more on either side."""
+    """The least and the largest discounted return in the data, of what has not ended as if it went
+    on at the same rate, and a tenth more on either side."""
     horizon = math.ceil(1 / max(1 - discount, 1e-3))
     long = transitions.n_step(horizon, discount)
-    # The return of what has not ended, were it to go on at the same rate. Not of what is cut off
-    # sooner than the rest: a single reward says little of the rate.
+    # Not of what is cut off sooner than the rest: a single reward says little of the rate.
     rest = discount * np.asarray(long.masks)
     rows = rest <= 1.0001 * np.min(rest[rest > 0], initial=1)
     returns = np.asarray(long.rewards)[rows] / (1 - np.minimum(rest[rows], 0.999))
@@ -185,9 +193,10 @@ def range_of_returns(transitions: fisher_flow.Transitions, discount: float) -> t
 
 
 def make_agent(
-    settings: Settings, action_size: int, returns: tuple[float, float], has_images: bool = False
+    settings: Settings, transitions: fisher_flow.Transitions, has_images: bool
 ) -> fisher_flow.AbstractAgent:
-    """The agent that the settings describe."""
+    """The agent that the settings describe, for transitions of single steps."""
+    action_size = settings.horizon * int(np.prod(transitions.actions.shape[1:]))
     encoder = fisher_flow.ImpalaEncoder() if has_images else None
     networks: Any = dict(width_size=settings.width, depth=settings.depth, encoder=encoder)
     rate = settings.learning_rate
@@ -199,6 +208,7 @@ def make_agent(
         case "td":
             critic = fisher_flow.TemporalDifference(**learning)
         case "hl-gauss":
+            returns = range_of_returns(transitions, settings.discount)
             critic = fisher_flow.HLGauss(returns, **learning)
         case "flow":
             critic = fisher_flow.ValueFlow(**learning)
@@ -244,10 +254,8 @@ def main(settings: Settings) -> None:
     transitions = task.transitions
     if normaliser is not None:
         transitions = normaliser.transitions(transitions)
-    returns = range_of_returns(rescale(transitions), settings.discount)
+    agent = make_agent(settings, rescale(transitions), has_images)
     transitions = prepare(transitions)
-    action_size = int(np.prod(transitions.actions.shape[1:]))
-    agent = make_agent(settings, action_size, returns, has_images)
 
     envs = gymnasium.vector.SyncVectorEnv([task.make_env] * settings.episodes)
 

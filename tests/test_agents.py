@@ -360,33 +360,49 @@ def sg_tree(module):
     return jax.tree.map(lambda leaf: sg(leaf) if eqx.is_array(leaf) else leaf, module)
 
 
+M, mean, least = 1_000_000, jnp.mean, jnp.min
+
+
+# Updates, discount, aggregates of FiDec and of the others, radius, divergence, coefficient.
 @pytest.mark.parametrize(
     "task, expected",
     [
-        ("cube-single-play-singletask-v0", (0.99, jnp.mean, 0.001, 1_000_000, 300)),
-        ("visual-cube-double-play-singletask-v0", (0.99, jnp.mean, 0.001, 500_000, 300)),
-        ("antmaze-giant-navigate-singletask-task3-v0", (0.995, jnp.min, 0.01, 1_000_000, 10)),
-        ("antmaze-large-navigate-singletask-v0", (0.99, jnp.min, 0.01, 1_000_000, 10)),
-        ("humanoidmaze-medium-navigate-singletask-v0", (0.995, jnp.mean, 0.001, 1_000_000, 30)),
-        ("puzzle-3x3-play-singletask-v0", (0.99, jnp.mean, 0.005, 1_000_000, 1000)),
-        ("antmaze-large-play-v2", (0.99, jnp.min, 0.001, 500_000, 3)),
-        ("antmaze-umaze-v2", (0.99, jnp.min, 0.001, 500_000, 10)),
-        ("pen-human-v1", (0.99, jnp.min, 0.001, 500_000, 10_000)),
-        ("pen-expert-v1", (0.99, jnp.min, 0.001, 500_000, 3000)),
+        ("cube-single-play-singletask-v0", (M, 0.99, mean, mean, 0.001, 0.001, 300)),
+        ("antmaze-giant-navigate-singletask-task3-v0", (M, 0.995, least, least, 0.01, 0.01, 10)),
+        ("antmaze-large-navigate-singletask-v0", (M, 0.99, least, least, 0.01, 0.01, 10)),
+        ("humanoidmaze-large-navigate-singletask-v0", (M, 0.995, mean, mean, 0.001, 0.001, 30)),
+        ("antsoccer-arena-navigate-singletask-v0", (M, 0.995, mean, mean, 0.01, 0.01, 10)),
+        ("puzzle-3x3-play-singletask-v0", (M, 0.99, mean, mean, 0.005, 0.005, 1000)),
+        (
+            "visual-cube-double-play-singletask-task1-v0",
+            (M / 2, 0.99, mean, mean, 0.001, 0.001, 100),
+        ),
+        (
+            "visual-puzzle-3x3-play-singletask-task1-v0",
+            (M / 2, 0.99, mean, mean, 0.005, 0.0005, 300),
+        ),
+        ("antmaze-large-play-v2", (M / 2, 0.99, least, mean, 0.001, 0.015, 3)),
+        ("antmaze-umaze-v2", (M / 2, 0.99, least, mean, 0.001, 0.015, 10)),
+        ("pen-human-v1", (M / 2, 0.99, least, least, 0.001, 0.01, 10_000)),
+        ("pen-expert-v1", (M / 2, 0.99, least, least, 0.001, 0.01, 3000)),
+        ("hammer-cloned-v1", (M / 2, 0.99, least, least, 0.001, 0.001, 10_000)),
+        ("relocate-cloned-v1", (M / 2, 0.99, least, least, 0.001, 0.001, 30_000)),
     ],
 )
 def test_published_settings(task, expected):
-    settings = ff.published_settings(task)
-    assert settings == expected
-    critic = settings.critic(width_size=8)
-    assert (critic.discount, critic.aggregate, critic.width_size) == (*expected[:2], 8)
-    discount, _, radius, _, coefficient = expected
-    fidec, deflow = settings.fisher_decorator(), settings.deflow(4, critic=critic)
+    settings: Any = ff.published_settings(task)
+    num_updates, discount, aggregate, rival_aggregate, radius, divergence, coefficient = expected
+    assert settings.num_updates == num_updates
+    fidec, deflow = settings.fisher_decorator(), settings.deflow(4)
     fql, ifql = settings.flow_q_learning(num_candidates=2), settings.implicit_q_learning()
+    for agent in (fidec, ifql):
+        assert agent.critic.discount == discount and agent.critic.aggregate == aggregate
+    for agent in (fql, deflow):
+        assert agent.critic.discount == discount and agent.critic.aggregate == rival_aggregate
     assert fidec.radius == radius and isinstance(fidec.metric, ff.ScoreOuterProduct)
-    assert deflow.radius == 2 * radius and isinstance(deflow.metric, ff.Euclidean)
+    assert deflow.radius == 2 * divergence and isinstance(deflow.metric, ff.Euclidean)
     assert (fql.coefficient, fql.normalise_q, fql.num_candidates) == (coefficient, False, 2)
-    assert all(agent.critic.discount == discount for agent in (fidec, deflow, fql, ifql))
+    assert settings.critic(width_size=8).width_size == 8
 
 
 # --- What they are for --------------------------------------------------------------------------

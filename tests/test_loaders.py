@@ -183,6 +183,15 @@ def test_ogbench_errors(tmp_path):
 
 
 @quiet
+def test_states_of_another_environment_are_refused(tmp_path):
+    columns = {"observations": np.zeros((15, 55)), "actions": np.zeros((15, 5))}
+    states = {"qpos": np.zeros((15, 21)), "button_states": np.zeros((15, 4, 2), int)}
+    write(tmp_path, play() | columns | states, "puzzle-3x3-play-v0")
+    with pytest.raises(ValueError, match=r"states of `puzzle-3x3-.*`button_states` \(.*no task"):
+        ff.load_ogbench("puzzle-3x3-play-singletask-v0", tmp_path)
+
+
+@quiet
 def test_a_file_of_another_environment_is_refused(tmp_path):
     columns = play() | {"observations": np.zeros((15, 28)), "qpos": np.zeros((15, 21))}
     with pytest.raises(ValueError, match=r"observations of shape \(2,\).*but got \(28,\)"):

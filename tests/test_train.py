@@ -1,4 +1,5 @@
 import csv
+import importlib
 import os
 import signal
 import sys
@@ -359,6 +360,22 @@ def test_tensorboard(tmp_path):
     train(agent, transitions(), 20, loggers=[logger])
     (file,) = (tmp_path / "seed_0").iterdir()
     assert b"critic_loss" in file.read_bytes()
+
+
+def test_tensorboard_hides_what_is_made_again(tmp_path):
+    Event: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event
+    logger = ff.TensorBoard(tmp_path)
+    logger(0, 20, {"q": 1.0})
+    logger.close()
+    (file,) = (tmp_path / "seed_0").iterdir()
+    data, steps = file.read_bytes(), []
+    while data:  # the length and a checksum, the event, and a checksum of it
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        if event.WhichOneof("what") == "session_log":
+            steps.append(event.step)
+        data = data[16 + length :]
+    assert steps == [21]
 
 
 def test_tensorboard_is_missed_before_the_training(monkeypatch, tmp_path):

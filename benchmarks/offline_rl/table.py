@@ -30,10 +30,14 @@ def print_methods(task: str, results: fisher_flow.Results) -> None:
     print("| --- | --- | --- | --- | --- |")
     for method in results.methods:
         runs: list[Any] = [row for row in results.rows if row["method"] == method]
-        best, kl = (np.array([float(run[name]) for run in runs]) for name in ("best_of_8", "kl"))
+        # `candidates.py` measures neither.
+        best, kl = (
+            np.array([float(run.get(name, "nan")) for run in runs]) for name in ("best_of_8", "kl")
+        )
+        best = "" if np.isnan(best).any() else cell(best)
         kl = "" if np.isnan(kl).any() else f"{kl.mean():.2f}"
         score = cell(results.scores(method)[0])
-        print(f"| {method} | {len(runs)} | {score} | {cell(best)} | {kl} |")
+        print(f"| {method} | {len(runs)} | {score} | {best} | {kl} |")
 
 
 def print_pairs(task: str, results: fisher_flow.Results, method: str) -> None:
@@ -53,6 +57,8 @@ def main() -> None:
     parser.add_argument("--compare", metavar="METHOD")
     args = parser.parse_args()
     results = fisher_flow.Results.read(*args.paths)
+    if args.compare not in (None, *results.methods):
+        parser.error(f"--compare must be one of {list(results.methods)}, but got {args.compare!r}")
     for task in results.tasks:
         of_task = fisher_flow.Results(row for row in results.rows if row["task"] == task)
         if args.compare is None:

@@ -219,3 +219,8 @@ def finite_or_zero(x: Array) -> tuple[Array, Array]:
     """
     finite = jnp.all(jnp.isfinite(x))
     return jnp.where(finite, x, jnp.zeros_like(x)), finite
+
+
+def is_ogbench(task: str) -> bool:
+    """Whether a task has a name of OGBench's that D4RL does not use."""
+    return not {"singletask", "navigate", "stitch", "explore"}.isdisjoint(task.split("-"))

@@ -9,6 +9,9 @@ from ._columns import check_actions, check_ends, read_columns
 from ._transitions import Transitions
 
 
+_state_names = ["qpos", "button_states"]
+
+
 def load_ogbench(
     name: str, folder: str | os.PathLike = "~/.ogbench/data", *, validation: bool = False
 ) -> Transitions:
@@ -65,14 +68,14 @@ def load_ogbench(
     required = ["observations", "actions", "terminals"]
     if single_task:  # what the rewards depend on
         has_buttons = not {"scene", "puzzle"}.isdisjoint(words)
-        required += ["qpos", "button_states"] if has_buttons else ["qpos"]
+        required += _state_names if has_buttons else _state_names[:1]
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"`{path}` must be an .npz file, but is not, or was copied in part only. Copy it "
             "again; for an HDF5 file in the layout of D4RL write `load_d4rl(path)`."
         )
     with np.load(path) as file:
-        columns = read_columns(path, file, required, ("valids", "button_states"))
+        columns = read_columns(path, file, required, ("valids",))
 
     check_actions(
         f"`{path}`",
@@ -151,10 +154,11 @@ def _relabel(
         try:
             relabel_dataset(env_name, env, labelled)
         except (ValueError, IndexError) as error:
+            shapes = [f"`{x}` {columns[x].shape}" for x in _state_names if x in columns]
             raise ValueError(
-                f"`qpos` of `{path}`, of shape {columns['qpos'].shape}, must be that of "
-                f"`{env_name}`, but OGBench finds no task in it ({error}). Name the file after the "
-                "environment that it was made in."
+                f"`{path}` must hold the states of `{env_name}`, but has {', '.join(shapes)}, in "
+                f"which OGBench finds no task ({error}). Name the file after the environment that "
+                "it was made in."
             ) from error
     finally:
         env.close()

@@ -2,6 +2,8 @@ from typing import Any
 
 import numpy as np
 
+from .._misc import is_ogbench
+
 
 # The returns of a random and of an expert policy, as D4RL (Fu et al. 2020) has them.
 _references = {
@@ -65,11 +67,10 @@ def normalised_score(task: str | tuple[float, float], returns: Any) -> np.ndarra
     """
     if isinstance(task, str):
         name = task.split("-")[0]
-        of_ogbench = "navigate" in task or "singletask" in task  # whose returns are negative
-        if name not in _references or of_ogbench:
+        if name not in _references or is_ogbench(task):
             known = ", ".join(f"`{x}-...`" for x in _references)
             raise ValueError(
-                f"`task` must be one of {known}, but got `{task}`. For any other write "
+                f"`task` must be one of D4RL's {known}, but got `{task}`. For any other write "
                 "`task=(low, high)`, the returns that score 0 and 100."
             )
         low, high = _references[name]

@@ -102,11 +102,12 @@ def check_flow(flow: Any) -> None:
     check_instance("flow", flow, BehaviourFlow, "fisher_flow.BehaviourFlow()")
 
 
-def check_parts(flow: Any, critic: Any) -> None:
-    """Refuses what is no flow, or no critic, of an agent."""
+def check_parts(flow: Any, critic: Any, learning_rate: Any) -> None:
+    """Refuses what is no flow, no critic or no rate of an agent."""
     check_flow(flow)
     example = "fisher_flow.TemporalDifference()"
     check_instance("critic", critic, AbstractCriticLearning, example)
+    check_at_least("learning_rate", learning_rate, 0, 3e-4)
 
 
 class BehaviourFlow(eqx.Module):

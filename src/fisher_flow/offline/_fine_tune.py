@@ -27,6 +27,7 @@ from ..evaluation import collect
 from ._agent import AbstractAgent
 from ._checkpoints import Checkpoints, recorded_in
 from ._checks import check_bounds, checked_scores, finite_numbers
+from ._feed import check_num_rows
 from ._log import Log, Logger
 from ._normalised_policy import NormalisedPolicy
 from ._sampling import BalancedSampling, ReplayBuffer
@@ -390,6 +391,7 @@ def _prepared(
             "before the training, the others must be too: for chunks of actions write "
             "`prepare=lambda t: t.chunks(5, 0.99)`."
         )
+    check_num_rows(rows)
     check_bounds(agent, rows)
     return rows
 

@@ -75,8 +75,7 @@ class FlowQLearning(AbstractAgent):
         - `learning_rate`: the rate of Adam for the critic and the actor.
         """
         check_at_least("coefficient", coefficient, 0, 1.0)
-        check_parts(flow, critic)
-        check_at_least("learning_rate", learning_rate, 0, 3e-4)
+        check_parts(flow, critic, learning_rate)
         check_positive_integer("num_candidates", num_candidates, 1)
         self.flow = flow
         self.critic = critic

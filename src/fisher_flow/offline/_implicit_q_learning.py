@@ -85,8 +85,7 @@ class ImplicitQLearning(AbstractAgent):
         - `learning_rate`: the rate of Adam for the critic and the value.
         """
         check_at_least("expectile", expectile, 0, 0.9, maximum=1)
-        check_parts(flow, critic)
-        check_at_least("learning_rate", learning_rate, 0, 3e-4)
+        check_parts(flow, critic, learning_rate)
         check_positive_integer("num_candidates", num_candidates, 32)
         self.flow = flow
         self.critic = critic

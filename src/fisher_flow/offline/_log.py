@@ -22,15 +22,17 @@ class Log:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, file: str, seed: int, updates: int, values: dict[str, float]) -> None:
-        for logger in self.loggers:
-            logger(seed, updates, values)
-        if self.folder is None:
-            return
-        path = self.folder / f"{file}.csv"
         row = {"seed": seed, "updates": updates, **values}
-        new = not path.exists() or path.stat().st_size == 0  # killed before its first row
-        if not new:
-            _check_columns(path, row)
+        path, new = None, False
+        if self.folder is not None:
+            path = self.folder / f"{file}.csv"
+            new = not path.exists() or path.stat().st_size == 0  # killed before its first row
+            if not new:
+                _check_columns(path, row)
+        for logger in self.loggers:  # only now: a row that is refused goes nowhere
+            logger(seed, updates, values)
+        if path is None:
+            return
         with open(path, "a", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, row)
             if new:
@@ -120,9 +122,9 @@ class TensorBoard:
     def __call__(self, seed: int, updates: int, values: dict[str, float]) -> None:
         """Writes one row."""
         if seed not in self._writers:
-            # Of a run that was stopped, what comes after the row where it is taken up is hidden.
+            # What a run that was stopped has written beyond is made again, and hidden.
             folder = str(self.folder / f"seed_{seed}")
-            self._writers[seed] = self._make_writer(folder, purge_step=updates)
+            self._writers[seed] = self._make_writer(folder, purge_step=updates + 1)
         for key, value in values.items():
             self._writers[seed].add_scalar(key, value, updates)
         self._writers[seed].flush()

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._misc import check_at_least, check_positive_integer
+from .._misc import check_positive_integer
 from ..data import Transitions
 from ..flows import AbstractPolicy
 from ..refinement import AbstractRefinement, BestOf, NaturalStep, refine
@@ -78,8 +78,7 @@ class OneStep(AbstractAgent):
             1 for none.
         - `learning_rate`: the rate of Adam for the critic.
         """
-        check_parts(flow, critic)
-        check_at_least("learning_rate", learning_rate, 0, 3e-4)
+        check_parts(flow, critic, learning_rate)
         check_positive_integer("num_candidates", num_candidates, 2)
         self.flow = flow
         self.critic = critic

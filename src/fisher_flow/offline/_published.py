@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._misc import is_ogbench
 from ..values import TemporalDifference
 from ._fisher_decorator import FisherDecorator
 from ._flow_q_learning import FlowQLearning
@@ -17,30 +18,26 @@ class PublishedSettings(NamedTuple):
     units, ten steps of the flow, batches of 256, Adam at 3e-4, targets that follow at 0.005.
     """
 
+    num_updates: int
+    """The number of updates."""
+
     discount: float
     """The discount."""
 
     aggregate: Callable[[Array], Array]
-    """How the two values of the critic become one, here in the loss of a policy too."""
+    """How FiDec makes one of the two values of the critic; here in the loss of the policy too."""
+
+    rival_aggregate: Callable[[Array], Array]
+    """How FQL and DeFlow do it."""
 
     radius: float
-    """The radius of the Fisher Decorator paper, which is no KL, and the divergence of DeFlow."""
+    """The radius of FiDec, by the metric of its paper; it is no KL."""
 
-    num_updates: int
-    """The number of updates."""
+    divergence: float
+    """The divergence of DeFlow."""
 
     coefficient: float
-    """The coefficient of FQL, for values that are not normalised."""
-
-    def critic(self, **options: Any) -> TemporalDifference:
-        """A critic with these settings.
-
-        **Arguments:**
-
-        - `options`: other arguments of [`fisher_flow.TemporalDifference`][].
-        """
-        defaults: Any = dict(discount=self.discount, aggregate=self.aggregate)
-        return TemporalDifference(**defaults | options)
+    """The coefficient of FQL, whose values are not normalised."""
 
     def fisher_decorator(self, **options: Any) -> FisherDecorator:
         """FiDec, as in its paper.
@@ -49,7 +46,7 @@ class PublishedSettings(NamedTuple):
 
         - `options`: other arguments of [`fisher_flow.FisherDecorator`][].
         """
-        return FisherDecorator.paper(self.radius, **{"critic": self.critic(), **options})
+        return FisherDecorator.paper(self.radius, **({"critic": self.critic()} | options))
 
     def deflow(self, action_size: int, **options: Any) -> FisherDecorator:
         """DeFlow.
@@ -59,8 +56,8 @@ class PublishedSettings(NamedTuple):
         - `action_size`: the number of entries of an action.
         - `options`: other arguments of [`fisher_flow.FisherDecorator`][].
         """
-        options = {"critic": self.critic(), **options}
-        return FisherDecorator.deflow(action_size, self.radius, **options)
+        defaults = {"critic": self.critic(aggregate=self.rival_aggregate)}
+        return FisherDecorator.deflow(action_size, self.divergence, **(defaults | options))
 
     def flow_q_learning(self, **options: Any) -> FlowQLearning:
         """FQL.
@@ -69,8 +66,12 @@ class PublishedSettings(NamedTuple):
 
         - `options`: other arguments of [`fisher_flow.FlowQLearning`][].
         """
-        defaults: Any = dict(critic=self.critic(), coefficient=self.coefficient, normalise_q=False)
-        return FlowQLearning(**defaults | options)
+        defaults: dict[str, Any] = {
+            "critic": self.critic(aggregate=self.rival_aggregate),
+            "coefficient": self.coefficient,
+            "normalise_q": False,
+        }
+        return FlowQLearning(**(defaults | options))
 
     def implicit_q_learning(self, **options: Any) -> ImplicitQLearning:
         """IFQL: the best of 32 actions, by a critic of the expectile 0.9.
@@ -79,34 +80,44 @@ class PublishedSettings(NamedTuple):
 
         - `options`: other arguments of [`fisher_flow.ImplicitQLearning`][].
         """
-        return ImplicitQLearning(**{"critic": self.critic(), **options})
+        defaults: dict[str, Any] = {"critic": self.critic()}
+        return ImplicitQLearning(**(defaults | options))
+
+    def critic(self, **options: Any) -> TemporalDifference:
+        """The critic of FiDec.
+
+        **Arguments:**
+
+        - `options`: other arguments of [`fisher_flow.TemporalDifference`][].
+        """
+        defaults: dict[str, Any] = {"discount": self.discount, "aggregate": self.aggregate}
+        return TemporalDifference(**(defaults | options))
 
 
-_radii = {
-    "humanoidmaze": 0.001,
-    "cube": 0.001,
-    "scene": 0.001,
-    "puzzle": 0.005,
-    "antmaze": 0.01,
-    "antsoccer": 0.01,
+# By what the name of the task begins with: the radius, the divergence and the coefficient.
+_ogbench = {
+    "humanoidmaze": (0.001, 0.001, 30.0),
+    "antmaze": (0.01, 0.01, 10.0),
+    "antsoccer": (0.01, 0.01, 10.0),
+    "cube": (0.001, 0.001, 300.0),
+    "scene": (0.001, 0.001, 300.0),
+    "puzzle": (0.005, 0.005, 1000.0),
+    "visual-cube-single": (0.001, 0.001, 300.0),
+    "visual-cube-double": (0.001, 0.001, 100.0),
+    "visual-scene": (0.001, 0.001, 100.0),
+    "visual-puzzle": (0.005, 0.0005, 300.0),
 }
-_coefficients = {
-    "humanoidmaze": 30.0,
-    "cube": 300.0,
-    "scene": 300.0,
-    "puzzle": 1000.0,
-    "antmaze": 10.0,
-    "antmaze-large": 3.0,  # of D4RL
-    "antsoccer": 10.0,
-    "pen": 10_000.0,
-    "pen-expert": 3000.0,
-    "door": 30_000.0,
-    "hammer": 30_000.0,
-    "hammer-cloned": 10_000.0,
-    "relocate": 30_000.0,
-    "relocate-human": 10_000.0,
+_d4rl = {
+    "antmaze": (0.001, 0.015, 10.0),
+    "antmaze-large": (0.001, 0.015, 3.0),
+    "pen": (0.001, 0.01, 10_000.0),
+    "pen-expert": (0.001, 0.01, 3000.0),
+    "door": (0.001, 0.001, 30_000.0),
+    "hammer": (0.001, 0.001, 30_000.0),
+    "hammer-cloned": (0.001, 0.001, 10_000.0),
+    "relocate": (0.001, 0.001, 30_000.0),
+    "relocate-human": (0.001, 0.001, 10_000.0),
 }
-_adroit = ("pen", "door", "hammer", "relocate")
 
 
 def published_settings(task: str) -> PublishedSettings:
@@ -133,40 +144,51 @@ def published_settings(task: str) -> PublishedSettings:
 
     ??? cite "Reference"
 
-        The coefficients are those of FQL's code, the others those of the appendix of the second.
+        The coefficients, the divergences and how both aggregate are those of the authors' code,
+        the rest is from the appendix of the first. Its radii for images are those without.
 
         ```bibtex
-        @inproceedings{park2025flow,
-            title={Flow {Q}-learning},
-            author={Park, Seohong and Li, Qiyang and Levine, Sergey},
-            booktitle={International Conference on Machine Learning},
-            year={2025},
-        }
         @article{cheng2026fisher,
             title={Fisher Decorator: Refining flow policy via a local transport map},
             author={Cheng and Wang and Yuan and Wang and Chen and Zeng and Sun},
             journal={arXiv:2604.17919},
             year={2026},
         }
+        @inproceedings{park2025flow,
+            title={Flow {Q}-learning},
+            author={Park, Seohong and Li, Qiyang and Levine, Sergey},
+            booktitle={International Conference on Machine Learning},
+            year={2025},
+        }
+        @misc{deflow,
+            title={{DeFlow}: Decoupling manifold modeling and value maximization for offline policy
+                extraction},
+        }
         ```
     """
-    family = task.removeprefix("visual-").split("-")[0]
-    is_ogbench = "singletask" in task
-    known = _radii if is_ogbench else ("antmaze", *_adroit)
-    if family not in known or "navigate" in task and not is_ogbench:
+    words = task.split("-")
+    single_task = "singletask" in words
+    table = _ogbench if single_task else {} if is_ogbench(task) else _d4rl
+    names = [name for name in table if task.startswith(name)]
+    if len(names) == 0:
+        example = "FisherDecorator(radius=0.5, critic=TemporalDifference(discount=0.99))"
+        if not single_task and any(task.startswith(name) for name in _ogbench):
+            example = f"published_settings({'-'.join([*words[:-1], 'singletask', words[-1]])!r})"
         raise ValueError(
-            "`task` must be of a family with published settings, "
-            f"{', '.join([*_radii, *_adroit])}, but got `{task!r}`. Write the settings out: "
-            "`FisherDecorator(radius=0.5, critic=TemporalDifference(discount=0.99))`."
+            "`task` must be a single task of OGBench or a task of D4RL with published settings, "
+            f"from {', '.join(_ogbench)} or {', '.join(_d4rl)}, but got `{task!r}`. Write "
+            f"`{example}`."
         )
-    long = "giant" in task or family in ("humanoidmaze", "antsoccer")
-    cautious = family == "antmaze" or family in _adroit
-    kind = "-".join(task.split("-")[:2])  # such as `pen-expert`
-    by_kind = _coefficients.get(kind, _coefficients[family])
+    radius, divergence, coefficient = table[max(names, key=len)]
+    is_long = "giant" in words or words[0] in ("humanoidmaze", "antsoccer")
+    is_cautious = words[0] == "antmaze" or not single_task
+    are_cautious = is_cautious and (single_task or words[0] != "antmaze")
     return PublishedSettings(
-        discount=0.995 if long else 0.99,
-        aggregate=jnp.min if cautious else jnp.mean,
-        radius=_radii[family] if is_ogbench else 0.001,
-        num_updates=500_000 if "visual" in task or not is_ogbench else 1_000_000,
-        coefficient=_coefficients[family] if is_ogbench else by_kind,
+        num_updates=500_000 if "visual" in words or not single_task else 1_000_000,
+        discount=0.995 if is_long else 0.99,
+        aggregate=jnp.min if is_cautious else jnp.mean,
+        rival_aggregate=jnp.min if are_cautious else jnp.mean,
+        radius=radius,
+        divergence=divergence,
+        coefficient=coefficient,
     )
