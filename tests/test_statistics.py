@@ -183,7 +183,7 @@ def test_the_ends_of_the_scale():
 
 
 def test_scales_that_are_not_known():
-    message = r"one of `halfcheetah-...`, .*`relocate-...`, but got `humanoid-medium-v2`.*`task=\("
+    message = r"one of D4RL's `halfcheetah-...`, .*, but got `humanoid-medium-v2`.*`task=\("
     with pytest.raises(ValueError, match=message):
         ff.normalised_score("humanoid-medium-v2", 0.0)
     with pytest.raises(ValueError, match=r"got `\(1.0, 1.0\)`. Write `task=\(low, high\)`"):
