@@ -183,8 +183,8 @@ def test_the_ends_of_the_scale():
 
 
 def test_scales_that_are_not_known():
-    message = r"one of D4RL's `halfcheetah-...`, .*, but got `humanoid-medium-v2`.*`task=\("
-    with pytest.raises(ValueError, match=message):
+    known = r"one of D4RL's `halfcheetah-...`, .*`relocate-...`"
+    with pytest.raises(ValueError, match=known + r", but got `humanoid-medium-v2`.*`task=\("):
         ff.normalised_score("humanoid-medium-v2", 0.0)
     with pytest.raises(ValueError, match=r"got `\(1.0, 1.0\)`. Write `task=\(low, high\)`"):
         ff.normalised_score((1.0, 1.0), 0.0)

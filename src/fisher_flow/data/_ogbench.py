@@ -9,7 +9,7 @@ from ._columns import check_actions, check_ends, read_columns
 from ._transitions import Transitions
 
 
-_state_names = ["qpos", "button_states"]
+_state_names = ("qpos", "button_states")
 
 
 def load_ogbench(
