@@ -74,7 +74,7 @@ class PublishedSettings(NamedTuple):
         return FlowQLearning(**(defaults | options))
 
     def implicit_q_learning(self, **options: Any) -> ImplicitQLearning:
-        """IFQL: the best of 32 actions, by a critic of the expectile 0.9 that aggregates as FiDec's.
+        """IFQL: the best of 32 actions, by the expectile 0.9, and with the aggregate of FiDec.
 
         **Arguments:**
 
