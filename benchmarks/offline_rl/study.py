@@ -72,7 +72,7 @@ def methods(width: int, action_size: int) -> dict[str, fisher_flow.AbstractAgent
     agents["IFQL"] = fisher_flow.ImplicitQLearning(**options)
     for α in (0.03, 0.3, 3.0, 10.0):
         agents[f"FQL, α = {α}"] = fisher_flow.FlowQLearning(coefficient=α, **options)
-    for ε in (0.003, 0.03, 0.3):
+    for ε in (0.001, 0.003, 0.03, 0.3):
         agents[f"DeFlow, ε = {ε}"] = FiDec.deflow(action_size, ε, **options)
     if action_size == 1:  # where every Fisher matrix, divided by its trace, is the identity
         return agents
