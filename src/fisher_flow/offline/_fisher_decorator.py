@@ -54,8 +54,8 @@ class FisherDecorator(AbstractAgent):
 
     where the metric says what a displacement costs (a score to which no time was given is calibrated
     to the flow as it is learned, by [`fisher_flow.calibrate_score`][]), and the multiplier $\lambda$ rises while the
-    mean cost is above the radius $\epsilon$ and falls while it is below. With [`fisher_flow.Euclidean`][] it
-    is DeFlow.
+    mean cost is above the radius $\epsilon$ and falls while it is below. With [`fisher_flow.Euclidean`][] and
+    one candidate it is DeFlow.
 
     Logs `flow_loss`, `critic_loss`, `q_mean`, `q_max`, `cost` (settles at the radius; in nats for
     metrics that predict a KL), `log_dual` (settles; a steady rise means that the radius cannot be
@@ -109,9 +109,9 @@ class FisherDecorator(AbstractAgent):
             samples of the behaviour policy too, instead of samples of the flow. That saves both
             rollouts of an update.
         - `num_candidates`: the number of refined actions of which the best by the critic is taken
-            when the policy acts: no local map can change mode. It spends
-            [`BestOf.kl_bound`][fisher_flow.BestOf] more. Of the tasks that were measured, more of
-            them gained on HalfCheetah, and lost on Pendulum and cube-single.
+            when the policy acts: no local map can change mode. It spends at most
+            [`BestOf.kl_bound`][fisher_flow.BestOf] more. Of the tasks that were measured, more than
+            two gained on HalfCheetah, lost much on cube-single and little on Pendulum.
         - `learning_rate`: the rate of Adam for the critic and the residual.
         """
         check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")
