@@ -12,7 +12,7 @@ import pytest
 from helpers import bimodal, correlated, Critic, gaussian, gaussian_kl, shifted_policy
 
 import fisher_flow as ff
-from fisher_flow.refinement._fidelity import measure_fidelity
+from fisher_flow._refinement._fidelity import measure_fidelity
 
 
 pytestmark = [

@@ -14,7 +14,7 @@ from gymnasium.vector import SyncVectorEnv
 from helpers import run_script
 
 import fisher_flow as ff
-from fisher_flow.offline._sampling import BalancedSampling, ReplayBuffer
+from fisher_flow._training._sampling import BalancedSampling, ReplayBuffer
 
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -10,7 +10,7 @@ import scipy.linalg
 from helpers import dtypes, gaussian, Mixture, random_covariance, tree_allclose, within
 
 import fisher_flow as ff
-from fisher_flow.geometry._krylov import arnoldi, KrylovPositivePart, trace_and_log_det
+from fisher_flow._linalg._krylov import arnoldi, KrylovPositivePart, trace_and_log_det
 
 
 class ChunkVelocity(eqx.Module):

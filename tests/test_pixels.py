@@ -76,7 +76,7 @@ def test_an_encoder_makes_vectors_that_depend_on_every_parameter(shape, layer_no
 
 
 def test_a_convolution_is_one_on_every_platform(getkey):
-    from fisher_flow.encoders._impala import _as_convolution, _as_product
+    from fisher_flow._networks._impala import _as_convolution, _as_product
 
     x, weight = jr.normal(getkey(), (7, 5, 2)), jr.normal(getkey(), (3, 3, 2, 4))
     assert np.allclose(_as_convolution(x, weight), _as_product(x, weight))

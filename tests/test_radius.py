@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fisher_flow as ff
-from fisher_flow.refinement._radius import scale_to_radius, scaled
+from fisher_flow._refinement._radius import scale_to_radius, scaled
 
 
 def kl(scale):

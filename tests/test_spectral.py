@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import dtypes
 
-from fisher_flow.geometry._spectral import smooth_positive_part
+from fisher_flow._linalg._positive_part import smooth_positive_part
 
 
 def symmetric(key, size, dtype=jnp.float64):

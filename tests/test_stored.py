@@ -22,8 +22,8 @@ import test_pixels
 from test_train import agent, averaging, same, train, transitions
 
 import fisher_flow as ff
-from fisher_flow.data import _normaliser, _stored
-from fisher_flow.offline import _feed
+from fisher_flow._data import _normaliser, _stored
+from fisher_flow._training import _feed
 
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -147,7 +147,7 @@ def test_a_second_writer_leaves_the_first_alone(tmp_path):
 @pytest.mark.skipif(_stored.fcntl is None, reason="locks are those of Unix")
 def test_a_lock_ends_with_its_process(tmp_path):
     code = (
-        "import sys, pathlib; from fisher_flow.data import _stored\n"
+        "import sys, pathlib; from fisher_flow._data import _stored\n"
         "marker = _stored._claim(pathlib.Path(sys.argv[1])); print(flush=True); input()"
     )
     command: Any = [sys.executable, "-c", code, tmp_path]

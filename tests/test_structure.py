@@ -26,15 +26,17 @@ modules = [x for x in public.values() if inspect.isclass(x) and issubclass(x, eq
 # The arrows of the design: a folder may import itself, the folders named here, and the private
 # modules beside them (`_misc.py` and the like), which in turn import no folder.
 may_import = {
-    "flows": set(),
-    "geometry": {"flows"},
-    "encoders": set(),
-    "refinement": {"encoders", "flows", "geometry"},
-    "values": {"encoders"},
-    "acting": set(),
-    "data": set(),
-    "evaluation": {"acting", "data"},
-    "offline": {"data", "encoders", "evaluation", "flows", "geometry", "refinement", "values"},
+    "_linalg": set(),
+    "_networks": set(),
+    "_data": set(),
+    "_evaluation": set(),
+    "_flows": {"_linalg"},
+    "_values": {"_networks"},
+    "_geometry": {"_linalg", "_flows"},
+    "_refinement": {"_linalg", "_networks", "_flows", "_geometry"},
+    "_acting": {"_data"},
+    "_agents": {"_data", "_networks", "_flows", "_values", "_geometry", "_refinement"},
+    "_training": {"_data", "_acting", "_flows", "_agents"},
 }
 
 

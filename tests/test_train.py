@@ -16,7 +16,7 @@ import pytest
 from helpers import run_script
 
 import fisher_flow as ff
-from fisher_flow.offline._log import Log
+from fisher_flow._training._log import Log
 
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

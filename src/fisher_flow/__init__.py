@@ -1,7 +1,27 @@
 """Refines flow-matching policies by a critic, within a KL measured from their own velocity."""
 
-from .acting import Actor as Actor, export_sampler as export_sampler
-from .data import (
+from ._acting import (
+    Actor as Actor,
+    collect as collect,
+    Episodes as Episodes,
+    evaluate as evaluate,
+    export_sampler as export_sampler,
+    record_video as record_video,
+    rollout as rollout,
+)
+from ._agents import (
+    AbstractAgent as AbstractAgent,
+    BehaviourCloning as BehaviourCloning,
+    BehaviourFlow as BehaviourFlow,
+    FisherDecorator as FisherDecorator,
+    FlowQLearning as FlowQLearning,
+    ImplicitQLearning as ImplicitQLearning,
+    NormalisedPolicy as NormalisedPolicy,
+    OneStep as OneStep,
+    published_settings as published_settings,
+    PublishedSettings as PublishedSettings,
+)
+from ._data import (
     load_d4rl as load_d4rl,
     load_minari as load_minari,
     load_ogbench as load_ogbench,
@@ -11,22 +31,16 @@ from .data import (
     save_transitions as save_transitions,
     Transitions as Transitions,
 )
-from .encoders import AbstractEncoder as AbstractEncoder, ImpalaEncoder as ImpalaEncoder
-from .evaluation import (
+from ._evaluation import (
     bootstrap_interval as bootstrap_interval,
-    collect as collect,
-    Episodes as Episodes,
-    evaluate as evaluate,
     interquartile_mean as interquartile_mean,
     normalised_score as normalised_score,
     paired_difference as paired_difference,
     PairedDifference as PairedDifference,
     performance_profile as performance_profile,
-    record_video as record_video,
     Results as Results,
-    rollout as rollout,
 )
-from .flows import (
+from ._flows import (
     AbstractAffineGaussianPath as AbstractAffineGaussianPath,
     AbstractFlowPolicy as AbstractFlowPolicy,
     AbstractPolicy as AbstractPolicy,
@@ -47,10 +61,9 @@ from .flows import (
     ScorePrediction as ScorePrediction,
     TanhBounds as TanhBounds,
     VariancePreservingPath as VariancePreservingPath,
-    VelocityMLP as VelocityMLP,
     VPrediction as VPrediction,
 )
-from .geometry import (
+from ._geometry import (
     AbstractMetric as AbstractMetric,
     AbstractScore as AbstractScore,
     AveragedFisher as AveragedFisher,
@@ -65,24 +78,12 @@ from .geometry import (
     TransportKL as TransportKL,
     TransportTerms as TransportTerms,
 )
-from .offline import (
-    AbstractAgent as AbstractAgent,
-    BehaviourCloning as BehaviourCloning,
-    BehaviourFlow as BehaviourFlow,
-    fine_tune as fine_tune,
-    FisherDecorator as FisherDecorator,
-    FlowQLearning as FlowQLearning,
-    ImplicitQLearning as ImplicitQLearning,
-    NormalisedPolicy as NormalisedPolicy,
-    OneStep as OneStep,
-    published_settings as published_settings,
-    PublishedSettings as PublishedSettings,
-    TensorBoard as TensorBoard,
-    train as train,
-    Trained as Trained,
-    WeightsAndBiases as WeightsAndBiases,
+from ._networks import (
+    AbstractEncoder as AbstractEncoder,
+    ImpalaEncoder as ImpalaEncoder,
+    VelocityMLP as VelocityMLP,
 )
-from .refinement import (
+from ._refinement import (
     absorb as absorb,
     AbstractDisplacement as AbstractDisplacement,
     AbstractRefinement as AbstractRefinement,
@@ -102,7 +103,14 @@ from .refinement import (
     Resample as Resample,
     Residual as Residual,
 )
-from .values import (
+from ._training import (
+    fine_tune as fine_tune,
+    TensorBoard as TensorBoard,
+    train as train,
+    Trained as Trained,
+    WeightsAndBiases as WeightsAndBiases,
+)
+from ._values import (
     AbstractCriticLearning as AbstractCriticLearning,
     CategoricalCritic as CategoricalCritic,
     CategoricalEnsemble as CategoricalEnsemble,

@@ -1,0 +1,160 @@
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from .._checks import check_at_least, check_positive_integer
+from .._data import Transitions
+from .._flows import AbstractPolicy
+from .._networks import make_encoder, QNetwork, ValueNetwork
+from .._refinement import AbstractRefinement, BestOf, refine
+from .._values import AbstractCriticLearning, TemporalDifference
+from ._agent import AbstractAgent, check_parts
+from ._behaviour_flow import BehaviourFlow
+from ._learner import adam, first, Learner
+
+
+class ImplicitQState(eqx.Module):
+    flow: Learner
+    critic: Learner
+    target_critic: Any
+    value: Learner
+
+
+class ImplicitQLearning(AbstractAgent):
+    r"""Implicit Q-learning with a flow (IFQL): an expectile of the values in the data stands for
+    their maximum, and the policy is the best of several actions of the behaviour flow.
+
+    $$V \leftarrow \arg\min_V \mathbb E\bigl[\,|\kappa - 1[u < 0]|\, u^2\bigr],
+        \quad u = \operatorname{agg}_j \bar Q_j(o, a) - V(o), \qquad
+        Q_i(o, a) \to r + \gamma\, m\, V(o').$$
+
+    No policy is sampled in training. Give it a `refinement` and its critic refines the flow.
+
+    Logs `flow_loss`, `critic_loss`, `q_mean`, `q_max`, `value_loss` and `v_mean` (above `q_mean` if
+    the expectile $\kappa$ is above 1/2).
+
+    ??? cite "Reference"
+
+        The critic is that of the first; a flow with the best of $N$ took the place of its policy
+        in the second, which calls it IFQL.
+
+        ```bibtex
+        @inproceedings{kostrikov2022offline,
+            title={Offline reinforcement learning with implicit {Q}-learning},
+            author={Kostrikov, Ilya and Nair, Ashvin and Levine, Sergey},
+            booktitle={International Conference on Learning Representations},
+            year={2022},
+        }
+        @inproceedings{park2025flow,
+            title={Flow {Q}-learning},
+            author={Park, Seohong and Li, Qiyang and Levine, Sergey},
+            booktitle={International Conference on Machine Learning},
+            year={2025},
+        }
+        ```
+    """
+
+    flow: BehaviourFlow
+    critic: AbstractCriticLearning
+    expectile: ScalarLike
+    refinement: AbstractRefinement | None
+    num_candidates: int = eqx.field(static=True)
+    learning_rate: ScalarLike
+
+    def __init__(
+        self,
+        *,
+        flow: BehaviourFlow = BehaviourFlow(),
+        critic: AbstractCriticLearning = TemporalDifference(),
+        expectile: ScalarLike = 0.9,
+        refinement: AbstractRefinement | None = None,
+        num_candidates: int = 32,
+        learning_rate: ScalarLike = 3e-4,
+    ):
+        r"""**Arguments:**
+
+        - `flow`: the behaviour flow.
+        - `critic`: how the critic is made and learned. Its widths and encoder are those of the
+            value too.
+        - `expectile`: the expectile $\kappa$ between 0 and 1; 1/2 is the mean.
+        - `refinement`: the `method` of [`fisher_flow.refine`][]; `None` for none.
+        - `num_candidates`: the number of actions of which the best by the critic is taken.
+        - `learning_rate`: the rate of Adam for the critic and the value.
+        """
+        check_at_least("expectile", expectile, 0, 0.9, maximum=1)
+        check_parts(flow, critic, learning_rate)
+        check_positive_integer("num_candidates", num_candidates, 32)
+        self.flow = flow
+        self.critic = critic
+        self.expectile = expectile
+        self.refinement = refinement
+        self.num_candidates = num_candidates
+        self.learning_rate = learning_rate
+
+    def init(self, example: Transitions, *, key: PRNGKeyArray) -> ImplicitQState:
+        flow_key, critic_key, value_key = jr.split(key, 3)
+        observation, action = first(example)
+        critic = self.critic.init(observation, action, key=critic_key)
+        encoder, size, value_key = make_encoder(
+            self.critic.encoder,
+            observation,
+            action.dtype,
+            value_key,
+            "TemporalDifference(encoder=fisher_flow.ImpalaEncoder())",
+        )
+        width_size, depth = self.critic.width_size, self.critic.depth
+        network = QNetwork(size, width_size, depth, action.dtype, value_key)
+        value = ValueNetwork(network, encoder)
+        optimiser = adam(self.learning_rate)
+        return ImplicitQState(
+            self.flow.init(example, key=flow_key),
+            Learner.init(critic, optimiser),
+            critic,
+            Learner.init(value, optimiser),
+        )
+
+    def update(
+        self, state: ImplicitQState, batch: Transitions, *, key: PRNGKeyArray
+    ) -> tuple[ImplicitQState, dict[str, Scalar]]:
+        optimiser = adam(self.learning_rate)
+        # Folded in beyond any row, so that no other key is this one or depends on the critic.
+        critic_key = jr.fold_in(key, 2**31)
+        flow, flow_loss = self.flow.update(state.flow, batch, key=key)
+
+        q = jax.vmap(state.target_critic)(batch.observations, jnp.asarray(batch.actions))
+
+        @eqx.filter_grad(has_aux=True)
+        def value_gradient(value):
+            v = jax.vmap(value)(batch.observations)
+            u = q - v
+            loss = jnp.mean(jnp.where(u < 0, 1 - self.expectile, self.expectile) * u**2)
+            return loss, {"value_loss": loss, "v_mean": jnp.mean(v)}
+
+        gradient, value_logs = value_gradient(state.value.model)
+        value = state.value.step(gradient, optimiser)
+
+        next_v = jax.vmap(state.value.model)(batch.next_observations)
+        y = self.critic.target(batch.rewards, batch.masks, next_v)
+
+        @eqx.filter_grad(has_aux=True)
+        def critic_gradient(critic):
+            return self.critic.loss(critic, batch.observations, batch.actions, y, key=critic_key)
+
+        gradient, critic_logs = critic_gradient(state.critic.model)
+        critic = state.critic.step(gradient, optimiser)
+        target_critic = self.critic.follow(state.target_critic, critic.model)
+        logs = {"flow_loss": flow_loss, **critic_logs, **value_logs}
+        return ImplicitQState(flow, critic, target_critic, value), logs
+
+    def policy(
+        self, state: ImplicitQState, observations: PyTree[Array], *, key: PRNGKeyArray
+    ) -> AbstractPolicy:
+        policy: AbstractPolicy = self.flow.policy(state.flow)
+        critic = state.critic.model
+        if self.refinement is not None:
+            policy = refine(policy, critic, self.refinement, observations=observations, key=key)
+        return policy if self.num_candidates == 1 else BestOf(policy, critic, self.num_candidates)

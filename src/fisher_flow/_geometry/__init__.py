@@ -1,0 +1,21 @@
+from ._calibration import (
+    calibrate as calibrate,
+    calibrate_score as calibrate_score,
+    CalibratedScore as CalibratedScore,
+    has_open_score as has_open_score,
+    is_open as is_open,
+)
+from ._costs import (
+    AbstractMetric as AbstractMetric,
+    AveragedFisher as AveragedFisher,
+    Euclidean as Euclidean,
+    FisherRao as FisherRao,
+    ObservedInformation as ObservedInformation,
+    ScoreOuterProduct as ScoreOuterProduct,
+)
+from ._score import (
+    AbstractScore as AbstractScore,
+    PaperScore as PaperScore,
+    PerturbedScore as PerturbedScore,
+)
+from ._transport_kl import TransportKL as TransportKL, TransportTerms as TransportTerms

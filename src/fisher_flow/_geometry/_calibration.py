@@ -1,0 +1,318 @@
+from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
+
+from .._checks import check_batch_of_actions, check_equal_lengths, check_positive_integer
+from .._custom_types import Action
+from .._flows import AbstractAffineGaussianPath, AbstractFlowPolicy, as_flow_policy, FlowPolicy
+from .._linalg import dense_limit, rademacher_probes, value_and_divergence
+from .._trees import as_inexact, constant, random_rows
+from ._score import AbstractScore, PerturbedScore
+
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+
+class CalibratedScore(AbstractScore):
+    r"""A [`fisher_flow.PerturbedScore`][] of the best time and order; made by
+    [`fisher_flow.calibrate_score`][].
+
+    It is used as any other score is. What led to the choice is kept with it.
+    """
+
+    time: Scalar
+    """The time that was chosen."""
+
+    order: int | Int[Array, ""]
+    """The order that was chosen, 1 or 2."""
+
+    relative_error: Scalar
+    r"""The predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$ of the choice.
+    Expect it to be off by 0.05 or so, and low for errors that all times have in common. Below 0.1
+    it says no more than that the error is small: of 8192 actions, chance alone accounts for a
+    hundredth of the information. At 1 the score is no better than none at all."""
+
+    times: Float[Array, " times"]
+    """The times that were tried."""
+
+    criterion: Float[Array, "2 times"]
+    r"""The implicit score matching loss
+    $\mathbb E[\tfrac12\|\hat s\|^2 + \nabla \cdot \hat s]$ of both orders at each of them."""
+
+    relative_errors: Float[Array, "2 times"]
+    """The predicted errors of both orders at each of them."""
+
+    def from_velocity(
+        self,
+        path: AbstractAffineGaussianPath,
+        velocity: Callable[[Scalar, Action], Action],
+        action: Action,
+    ) -> Action:
+        def score_of_order(order):
+            return PerturbedScore(self.time, order).from_velocity(path, velocity, action)
+
+        if isinstance(self.order, int):
+            return score_of_order(self.order)
+        return lax.cond(self.order == 1, lambda: score_of_order(1), lambda: score_of_order(2))
+
+    def plot(self) -> "matplotlib.figure.Figure":
+        """Draws the predicted error of each order over the time, and the choice.
+
+        **Returns:**
+
+        A Matplotlib figure. Needs Matplotlib: `pip install matplotlib`.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for order, errors in zip((1, 2), self.relative_errors, strict=True):
+            axes.plot(self.times, errors, "o-", markersize=4, label=f"order {order}")
+        label = f"chosen: {float(self.time):.3f}, order {int(self.order)}"
+        axes.plot(self.time, self.relative_error, "k*", markersize=13, label=label)
+        axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
+        axes.set(ylim=(0, 1.5), xlabel="time", ylabel="predicted relative error of the score")
+        axes.legend(frameon=False)
+        return figure
+
+
+def calibrate_score(
+    policy: Any,
+    observations: PyTree[Any],
+    actions: Float[Array, "batch ..."],
+    *,
+    num_actions: int = 8192,
+    num_probes: int | None = None,
+    key: PRNGKeyArray,
+) -> CalibratedScore:
+    r"""Chooses the time and the order of a [`fisher_flow.PerturbedScore`][] by implicit score
+    matching on actions.
+
+    At early times the score is that of a blurred density, at late ones the errors of the velocity
+    are amplified; where the balance lies depends on the flow, the data and the training. The loss
+
+    $$J(\hat s) = \mathbb E\bigl[\tfrac12\|\hat s\|^2 + \nabla \cdot \hat s\bigr]
+        = \tfrac12 \mathbb E\|\hat s - s\|^2 - \tfrac12 \mathbb E\|s\|^2$$
+
+    needs no true score, and is least where the error is.
+
+    The predicted errors need $\mathbb E\|s\|^2$ besides, the Fisher information of the actions. In
+    its place stands the part of it that a regression on all the estimates accounts for: on each by
+    itself, and on each held back where the score is large. The prediction is low by what that does
+    not account for. It tells a good score from a bad one, and is no proof of a good one.
+
+    !!! tip
+
+        Which actions? Those of the data judge the score against the data; take ones that the flow
+        was not trained on. Samples of the policy judge it against the policy, whose KL the
+        library bounds: this is what [`fisher_flow.refine`][] does when it calibrates by itself.
+
+    **Arguments:**
+
+    - `policy`: a flow policy. Of a refined policy, the flow underneath is calibrated.
+    - `observations`: observations, any PyTree of arrays with a leading batch axis.
+    - `actions`: one action at each of them, before any bounds.
+
+    **Other arguments:**
+
+    - `num_actions`: how many of the rows to use at most, chosen at random.
+    - `num_probes`: `None` for the exact divergence of actions of up to 32 entries, and four probes
+        of Hutchinson's estimate for larger ones; or the number of probes.
+    - `key`: a `jax.random.key`; the same key gives the same score.
+
+    **Returns:**
+
+    A [`fisher_flow.CalibratedScore`][], a score with its predicted error.
+
+    **Raises:**
+
+    - `ValueError` if lengths or shapes do not match, or no estimate is finite.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @article{hyvarinen2005estimation,
+            title={Estimation of non-normalized statistical models by score matching},
+            author={Hyv{\"a}rinen, Aapo},
+            journal={Journal of Machine Learning Research},
+            volume={6},
+            year={2005},
+        }
+        ```
+    """
+    flow = as_flow_policy(policy).flow_policy
+    length = check_equal_lengths(observations=observations, actions=actions)
+    check_positive_integer("num_actions", num_actions, 8192)
+    actions = as_inexact(actions)
+    check_batch_of_actions(actions, flow.action_shape)
+    size = actions[0].size
+    if num_probes is not None:
+        check_positive_integer("num_probes", num_probes, 4)
+    elif size > dense_limit:
+        num_probes = 4
+    row_key, key = jr.split(key)
+    rows = jr.permutation(row_key, length)[:num_actions]
+    observations, actions = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf)[rows], (observations, actions)
+    )
+    score = _calibrate(flow, observations, actions, num_probes, key)
+    if not isinstance(score.order, jax.core.Tracer):
+        if not jnp.isfinite(score.relative_error):
+            raise ValueError(
+                "`actions` must be finite, and the velocity of the policy too, but no estimate of "
+                "the score is finite at all of them. Drop the rows that are not: "
+                "`actions=actions[jnp.isfinite(actions).all(-1)]`."
+            )
+        score = eqx.tree_at(lambda score: score.order, score, int(score.order))
+    return score
+
+
+_NUM_TIMES = 12
+
+
+@eqx.filter_jit
+def _calibrate(
+    flow: FlowPolicy,
+    observations: PyTree[Any],
+    actions: Float[Array, "batch ..."],
+    num_probes: int | None,
+    key: PRNGKeyArray,
+) -> CalibratedScore:
+    flow, observations, actions = constant((flow, observations, actions))
+    keys = jr.split(key, actions.shape[0])
+
+    def over_rows(function, *columns):
+        rows = (observations, actions, *columns)
+        return lax.map(lambda row: function(*row), rows, batch_size=256)
+
+    def score_and_divergence(time):
+        score = PerturbedScore(time, order=1)
+
+        def of_one(o, a, key):
+            probes = None if num_probes is None else rademacher_probes(num_probes, a, key)
+            return value_and_divergence(lambda a: score(flow, o, a), a, probes)
+
+        return over_rows(of_one, keys)
+
+    def energy_and_slopes(time, scores):
+        """½|ŝ|², and its derivatives along all the scores."""
+        score = PerturbedScore(time, order=1)
+
+        def of_one(o, a, directions):
+            s, push = jax.linearize(lambda a: score(flow, o, a), a)
+            return 0.5 * jnp.sum(s**2), jax.vmap(lambda v: jnp.vdot(s, push(v)))(directions)
+
+        return over_rows(of_one, jnp.moveaxis(scores, 0, 1))
+
+    # Noise that halves in variance, so that the second order takes two neighbours.
+    deviation = jnp.mean(jnp.std(actions, axis=0))
+    deviation = jnp.where(deviation > 0, deviation, 1)
+    ratios = deviation * 0.8 * 2.0 ** (-0.5 * jnp.arange(_NUM_TIMES + 1, dtype=actions.dtype))
+    times = jax.vmap(flow.path.time_at_noise_ratio)(ratios)
+    s, divergence = lax.map(score_and_divergence, times)
+    scores = jnp.stack([s[:-1], 2 * s[1:] - s[:-1]])
+    divergences = jnp.stack([divergence[:-1], 2 * divergence[1:] - divergence[:-1]])
+    squared_norms = jnp.sum(scores**2, axis=tuple(range(3, scores.ndim)))
+    criterion = jnp.mean(0.5 * squared_norms + divergences, axis=2)
+    best = jnp.argmin(jnp.where(jnp.isfinite(criterion), criterion, jnp.inf))
+    order, index = jnp.unravel_index(best, criterion.shape)
+
+    energies, slopes = energy_and_slopes(times[index], s)
+    information = _explained_information(s, divergence, energies, slopes)
+    relative_errors = jnp.sqrt(jnp.maximum(1 + 2 * criterion / information, 0))
+    return CalibratedScore(
+        time=times[index],
+        order=order + 1,
+        relative_error=relative_errors[order, index],
+        times=times[:-1],
+        criterion=criterion,
+        relative_errors=relative_errors,
+    )
+
+
+def _explained_information(
+    scores: Float[Array, "times batch *action"],
+    divergences: Float[Array, "times batch"],
+    energies: Float[Array, " batch"],
+    slopes: Float[Array, "batch times"],
+) -> Scalar:
+    r"""The Fisher information that a linear regression of the score on the estimates explains.
+
+    By Stein's identity $\mathbb E[s \cdot f] = -\mathbb E[\nabla \cdot f]$ for any field $f$, so
+    the unknown score can be regressed on fields: here on $\hat s$ and on $e^{-u/c} \hat s$, with
+    $u = \frac12\|\hat s\|^2$ at the chosen time and several $c$. NaN if no field is finite.
+    """
+    num_times, num_actions = divergences.shape
+    scores = scores.reshape(num_times, num_actions, -1)
+    quantiles = jnp.asarray([0.25, 0.5, 0.75, 0.9], energies.dtype)
+    levels = jnp.nanquantile(energies, quantiles)[:, None]
+    # ∇·(e^{-u/c} ŝ) = e^{-u/c} (∇·ŝ - ŝ·∇u / c)
+    gates = jnp.exp(-energies[None] / levels)
+    gated = gates[:, None] * (divergences[None] - slopes.T[None] / levels[:, None])
+    gates = jnp.concatenate([gates, jnp.ones_like(gates[:1])])  # the last holds nothing back
+    target = -jnp.mean(jnp.concatenate([gated, divergences[None]]), axis=2).reshape(-1)
+    # Level by level, as the fields themselves would take much memory.
+    products = jnp.einsum("tni,uni->tun", scores, scores)
+    gram = jnp.einsum("ln,mn,tun->ltmu", gates, gates, products) / num_actions
+    gram = gram.reshape(len(target), len(target))
+
+    # An estimate that is not finite accounts for nothing; the others are scaled to be alike.
+    squares = jnp.diagonal(gram)
+    known = jnp.isfinite(squares) & (squares > 0) & jnp.isfinite(target)
+    scale: Array = jnp.where(known, jnp.sqrt(squares), 1)
+    target = jnp.where(known, target / scale, 0)
+    gram = jnp.where(known[:, None] & known[None], gram / jnp.outer(scale, scale), 0)
+    ridge = 1e-4 * jnp.eye(len(gram), dtype=gram.dtype)  # neighbouring estimates are much alike
+    weights = jnp.linalg.solve(gram + ridge, target)
+    explained: Array = 2 * weights @ target - weights @ gram @ weights
+    return explained + jnp.where(jnp.any(known), 0, jnp.nan)
+
+
+def is_open(x: Any) -> bool:
+    """Whether `x` is a score to which no time was given."""
+    return isinstance(x, PerturbedScore) and x.time is None
+
+
+def has_open_score(method: Any) -> bool:
+    return any(is_open(x) for x in jax.tree.leaves(method, is_leaf=is_open))
+
+
+def calibrate(
+    method: Any,
+    policy: AbstractFlowPolicy,
+    observations: PyTree[Any],
+    actions: Any,
+    key: PRNGKeyArray,
+) -> Any:
+    """Replaces the scores to which no time was given in a method, or in a metric."""
+    if not has_open_score(method):
+        return method
+    draw_key, key = jr.split(key)
+    if actions is None:
+        observations, actions = _draw(policy.flow_policy, observations, draw_key)
+    score = calibrate_score(policy, observations, actions, key=key)
+    return jax.tree.map(lambda x: score if is_open(x) else x, method, is_leaf=is_open)
+
+
+_num_drawn = 8192  # as many as `calibrate_score` uses
+
+
+@eqx.filter_jit
+def _draw(policy, observations, key):
+    row_key, action_key = jr.split(key)
+    observations = random_rows(observations, _num_drawn, key=row_key)
+
+    def draw(row):
+        observation, key = row
+        return policy.draw(observation, key=key)
+
+    keys = jr.split(action_key, _num_drawn)
+    return observations, lax.map(draw, (observations, keys), batch_size=256)

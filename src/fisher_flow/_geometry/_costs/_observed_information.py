@@ -1,0 +1,98 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import PRNGKeyArray, Scalar, ScalarLike
+
+from ..._checks import check_at_least, check_instance, check_positive_integer
+from ..._custom_types import Action, Observation
+from ..._linalg import dense_limit, KrylovPositivePart, smooth_positive_part, value_and_jacobian
+from .._score import AbstractScore, PerturbedScore
+from ._cost import AbstractMetric, quadratic_form
+
+
+class ObservedInformation(AbstractMetric):
+    r"""The local curvature of the behaviour density, made positive,
+
+    $$G(a) = \bigl(-\nabla_a^2 \log \pi(a \mid o)\bigr)_+ .$$
+
+    Statisticians call $-\nabla^2 \log \pi$ the observed information; its mean over the actions is
+    the Fisher information. It has full rank at every single action and adapts to it: steep
+    directions are dear, flat ones cheap. A step $G^{-1} \nabla_a Q$ is Newton's step in action
+    space.
+
+    Of large actions, such as chunks, the curvature is never formed: its positive part is found in a
+    space of a few dimensions, spanned by the vector that it acts on and its images under the
+    curvature, as in the method of conjugate gradients. Time and memory are then linear in the size.
+
+    Between modes the density curves the other way. There the positive part prices the direction
+    at nearly nothing, so a step must be damped, as [`fisher_flow.NaturalStep`][] does.
+    """
+
+    score: AbstractScore
+    smoothing: ScalarLike
+    rank: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        score: AbstractScore = PerturbedScore(),
+        smoothing: ScalarLike = 0.1,
+        rank: int | None = None,
+    ):
+        r"""**Arguments:**
+
+        - `score`: the estimate of the score.
+        - `smoothing`: the width of the corner of the positive part
+            $\tfrac12 (\lambda + \sqrt{\lambda^2 + \epsilon^2})$ of an eigenvalue, relative to the
+            information at the action: $\epsilon$ is `smoothing` times the root of
+            $\overline{\lambda^2} + (\|s\|^2 / d)^2$, which does not vanish where the curvature
+            changes its sign. Without it the metric has kinks, at which a transport map folds.
+        """
+        check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
+        check_at_least("smoothing", smoothing, 0, 0.1)
+        if rank is not None:
+            check_positive_integer("rank", rank, 4)
+        self.score = score
+        self.smoothing = smoothing
+        self.rank = rank
+
+    def operator(
+        self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
+    ) -> lx.AbstractLinearOperator:
+        del key
+        score = lambda a: self.score(policy, observation, a)
+
+        def squared_width(s, mean_squared_curvature):
+            information = mean_squared_curvature + (jnp.sum(s**2) / s.size) ** 2
+            return jnp.asarray(self.smoothing, s.dtype) ** 2 * information
+
+        if self.rank is None and action.size <= dense_limit:
+            s, J = value_and_jacobian(score, action)
+            # A learned velocity is not exactly a gradient field, so neither is its score.
+            curvature = -0.5 * (J + J.T)
+            width = squared_width(s, jnp.sum(curvature**2) / s.size)
+            G = smooth_positive_part(curvature, width)
+            return lx.MatrixLinearOperator(G, lx.positive_semidefinite_tag)
+
+        s, push = jax.linearize(score, action)
+        return KrylovPositivePart(
+            lambda z: -push(z.reshape(action.shape)).reshape(-1),
+            lambda mean_squared_curvature: squared_width(s, mean_squared_curvature),
+            4 if self.rank is None else min(self.rank, action.size),
+            jax.ShapeDtypeStruct((action.size,), action.dtype),
+        )
+
+    def cost(
+        self,
+        policy: Any,
+        observation: Observation,
+        action: Action,
+        displacement: Callable[[Action], Action],
+        *,
+        key: PRNGKeyArray,
+    ) -> Scalar:
+        operator = self.operator(policy, observation, action, key=key)
+        return quadratic_form(operator, displacement(action))

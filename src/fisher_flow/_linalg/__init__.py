@@ -1,0 +1,14 @@
+from ._jacobian import (
+    rademacher_probes as rademacher_probes,
+    value_and_divergence as value_and_divergence,
+    value_and_jacobian as value_and_jacobian,
+)
+from ._krylov import (
+    dense_limit as dense_limit,
+    KrylovPositivePart as KrylovPositivePart,
+    mean_eigenvalue as mean_eigenvalue,
+    trace_and_log_det as trace_and_log_det,
+    value_and_projections as value_and_projections,
+)
+from ._linear_solve import linear_solve as linear_solve
+from ._positive_part import smooth_positive_part as smooth_positive_part

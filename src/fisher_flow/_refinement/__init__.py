@@ -1,0 +1,19 @@
+from ._absorb import absorb as absorb
+from ._certify import Certificate as Certificate, certify as certify
+from ._chain import refine_chain as refine_chain, RefinementChain as RefinementChain
+from ._distill import distill as distill
+from ._fidelity import Fidelity as Fidelity, Refit as Refit
+from ._method import (
+    AbstractDisplacement as AbstractDisplacement,
+    AbstractRefinement as AbstractRefinement,
+)
+from ._natural_step import NaturalStep as NaturalStep
+from ._plot_refinement import plot_refinement as plot_refinement
+from ._refine import refine as refine
+from ._refined_policy import RefinedPolicy as RefinedPolicy
+from ._residual import NetworkDisplacement as NetworkDisplacement, Residual as Residual
+from ._selections import (
+    AbstractSelection as AbstractSelection,
+    BestOf as BestOf,
+    Resample as Resample,
+)

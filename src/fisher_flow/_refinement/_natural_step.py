@@ -1,0 +1,321 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from .._checks import batch_length, check_at_least, check_instance, check_positive_integer
+from .._custom_types import Action, Critic, Observation
+from .._flows import AbstractFlowPolicy
+from .._geometry import AbstractMetric, FisherRao, ObservedInformation, TransportKL
+from .._linalg import KrylovPositivePart, linear_solve, mean_eigenvalue
+from .._trees import constant, finite_or_zero, fold_in_values
+from ._executed_critic import critic_gradient
+from ._method import AbstractDisplacement, AbstractRefinement, check_method, draw_from_flow
+from ._radius import scale_to_radius, scaled
+
+
+class NaturalStep(AbstractRefinement):
+    r"""A natural-gradient step in action space: refinement without training.
+
+    $$\delta(a) = \eta\, \bigl(G(a) + \lambda \bar g I\bigr)^{-1} \nabla_a Q(o, a),$$
+
+    where $G$ is the metric, $\bar g$ its mean eigenvalue over actions of the policy and $\lambda$
+    the damping. Among the steps of one cost it is, to first order, the one that gains most.
+
+    The step is then as long as the *measured* KL allows: $\eta$ starts from the length at which
+    the damped quadratic cost equals the radius,
+    $\eta^2 = 2 \epsilon / \mathbb E[g^\top (G + \lambda \bar g I)^{-1} g]$, and is shortened or
+    lengthened until [`fisher_flow.TransportKL`][] equals it. Where neighbouring actions would cross
+    (a fold), the damping is raised fourfold up to three times, and if that does not help the step
+    is shortened.
+
+    Multiplying the critic by a positive constant, or adding one, changes nothing.
+
+    !!! tip
+
+        With `observations`, damping and length are settled once, and a sample costs one gradient
+        of the critic and one solve with the metric. Without them both are settled anew at every
+        observation, from `num_auxiliary` actions drawn there: nothing needs to be known in
+        advance, every state spends the same KL, and a sample costs some hundred times more.
+    """
+
+    metric: AbstractMetric
+    radius: ScalarLike
+    damping: ScalarLike
+    num_steps: int = eqx.field(static=True)
+    max_folded: ScalarLike
+    num_auxiliary: int = eqx.field(static=True)
+    num_calibration: int = eqx.field(static=True)
+    solver: lx.AbstractLinearSolver
+    measure: TransportKL
+
+    def __init__(
+        self,
+        metric: AbstractMetric = ObservedInformation(),
+        radius: ScalarLike = 0.5,
+        *,
+        damping: ScalarLike = 0.2,
+        num_steps: int = 1,
+        max_folded: ScalarLike = 0.01,
+        num_auxiliary: int = 64,
+        num_calibration: int = 16_384,
+        solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True),
+        measure: TransportKL | None = None,
+    ):
+        r"""**Arguments:**
+
+        - `metric`: what a step costs in each direction.
+        - `radius`: the KL to spend, in nats, averaged over observations. The measured KL meets it
+            unless folds forbid.
+
+        **Other arguments:**
+
+        - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue that is added to it at
+            first; without observations eight times as much, since few actions show few folds.
+        - `num_steps`: the number of short steps to split the step into, each from where the one
+            before it ended. Several follow the critic around curves and fold less; sampling costs
+            as many times more.
+        - `max_folded`: the share of actions at which the transport map may fold. If maps before it
+            fold at more of them already, this one may add none.
+        - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
+            the length of the step there.
+        - `num_calibration`: with observations, the number of actions drawn to settle it once.
+        - `solver`: any Lineax solver for symmetric positive definite operators. Actions of more
+            than 32 entries need none: `ObservedInformation` solves in its own small space.
+        - `measure`: how the KL is measured. By default with the score of the metric.
+
+        **Raises:**
+
+        - `ValueError` if an argument is not of its kind, or the metric prices fields rather than
+            steps.
+        """
+        self.measure = check_method(metric, radius, measure, "fisher_flow.ObservedInformation()")
+        if isinstance(metric, FisherRao):
+            raise ValueError(
+                "`metric` must price single steps, but got `FisherRao()`, which prices the "
+                "divergence of a field and has rank one at a single action. Write "
+                "`NaturalStep(metric=ObservedInformation())`, or train with "
+                "`Residual(metric=FisherRao())`."
+            )
+        check_at_least("damping", damping, 0, 0.2)
+        check_at_least("max_folded", max_folded, 0, 0.01)
+        check_positive_integer("num_steps", num_steps, 1)
+        check_positive_integer("num_auxiliary", num_auxiliary, 64)
+        check_positive_integer("num_calibration", num_calibration, 16_384)
+        check_instance("solver", solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)")
+        self.metric = metric
+        self.radius = radius
+        self.damping = damping
+        self.num_steps = num_steps
+        self.max_folded = max_folded
+        self.num_auxiliary = num_auxiliary
+        self.num_calibration = num_calibration
+        self.solver = solver
+
+    def fit(
+        self,
+        policy: AbstractFlowPolicy,
+        critic: Critic,
+        observations: PyTree[Any] | None,
+        *,
+        key: PRNGKeyArray,
+    ) -> AbstractDisplacement:
+        if observations is None:
+            return _StepPerState(self, key)
+        return _calibrated_step(policy, critic, self, observations, key)
+
+
+class _CalibratedStep(AbstractDisplacement):
+    """Damping and length are known: the step itself."""
+
+    method: NaturalStep
+    damping: Scalar  # absolute: a multiple of the identity
+    scale: Scalar
+    key: PRNGKeyArray
+
+    def __call__(
+        self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
+    ) -> Action:
+        length = (self.scale / self.method.num_steps).astype(action.dtype)
+
+        def step(a):
+            return length * self.direction(policy, critic, observation, a, self.damping)
+
+        if self.method.num_steps == 1:
+            return step(action)
+        end = lax.fori_loop(0, self.method.num_steps, lambda _, a: a + step(a), action)
+        return end - action
+
+    def direction(self, policy, critic, observation, action, damping: Scalar) -> Action:
+        """The unscaled step; NaN where the critic or the metric is not finite."""
+        g, finite = finite_or_zero(critic_gradient(policy, critic, observation, action))
+        # A metric may not be zero, as at a score of zero.
+        floor = jnp.asarray(jnp.finfo(action.dtype).tiny, action.dtype) ** 0.5
+        damping = jnp.maximum(damping.astype(action.dtype), floor)
+        G = self.metric_at(policy, observation, action)
+        if isinstance(G, KrylovPositivePart):
+            step = G.damped_solve(g.reshape(-1), damping)
+            return jnp.where(finite, step.reshape(action.shape), jnp.nan)
+        # A factorisation of what is not finite may not end well.
+        for leaf in jax.tree.leaves(eqx.filter(G, eqx.is_inexact_array)):
+            finite = finite & jnp.all(jnp.isfinite(leaf))
+        G = jax.tree.map(
+            lambda leaf: jnp.where(finite, leaf, 0) if eqx.is_inexact_array(leaf) else leaf, G
+        )
+        if isinstance(G, lx.MatrixLinearOperator):  # a sum of two kinds cannot be sharded
+            ridge = damping * jnp.eye(action.size, dtype=action.dtype)
+            damped = lx.MatrixLinearOperator(G.as_matrix() + ridge, lx.positive_semidefinite_tag)
+        else:
+            ridge = lx.DiagonalLinearOperator(jnp.full(action.size, damping))
+            damped = lx.TaggedLinearOperator(G + ridge, lx.positive_semidefinite_tag)
+        step: Array = linear_solve(damped, g.reshape(-1), self.method.solver)
+        return jnp.where(finite, step.reshape(action.shape), jnp.nan)
+
+    def metric_at(self, policy, observation, action) -> lx.AbstractLinearOperator:
+        # In a chain, too, the metric is that of the flow: as a preconditioner it need not be exact,
+        # and the curvature of a refined density would cost derivatives of ever higher order.
+        return self.method.metric.operator(policy.flow_policy, observation, action, key=self.key)
+
+
+class _StepPerState(AbstractDisplacement):
+    """Damping and length are settled at every observation, from actions drawn there."""
+
+    method: NaturalStep
+    key: PRNGKeyArray
+
+    def __call__(
+        self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
+    ) -> Action:
+        # Noise that is fixed at a state, so that the displacement is a function of its arguments;
+        # and another at every state, so that its errors average out.
+        auxiliary_key, metric_key = jr.split(fold_in_values(self.key, observation))
+        keys = jr.split(auxiliary_key, self.method.num_auxiliary)
+        method, π, Q, o = constant((self.method, policy, critic, observation))
+        draws = jax.vmap(lambda key: draw_from_flow(π, o, key))(keys)
+
+        def over_rows(function):
+            return jax.vmap(lambda *row: function(o, *row))
+
+        # Few actions show few of the folds, hence a start further up.
+        step = _settle(method, π, Q, draws, over_rows, metric_key, 8 * method.damping)
+        return step(policy, critic, observation, action)
+
+
+@eqx.filter_jit
+def _calibrated_step(policy, critic, method, observations, key) -> _CalibratedStep:
+    row_key, action_key, metric_key = jr.split(key, 3)
+    policy, critic, method, observations = constant((policy, critic, method, observations))
+    length = batch_length("observations", observations)
+    n = method.num_calibration
+    # Every observation once, or as often as another, before a random remainder.
+    rows = jnp.concatenate([jr.permutation(row_key, length)] * -(-n // length))[:n]
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+    over_rows = _over_batch(rows)
+    draws = over_rows(lambda o, key: draw_from_flow(policy, o, key))(jr.split(action_key, n))
+    return _settle(method, policy, critic, draws, over_rows, metric_key, method.damping)
+
+
+def _over_batch(observations):
+    """Maps a function over rows, a few hundred at a time to bound the memory."""
+
+    def over_rows(function):
+        def mapped(*columns):
+            return lax.map(lambda row: function(*row), (observations, *columns), batch_size=256)
+
+        return mapped
+
+    return over_rows
+
+
+def _settle(
+    method: NaturalStep,
+    policy: AbstractFlowPolicy,
+    critic: Critic,
+    draws: tuple[Array, Array],
+    over_rows: Callable[[Callable], Callable],
+    key: PRNGKeyArray,
+    damping: ScalarLike,
+) -> _CalibratedStep:
+    """Settles the damping and the length of a step over a batch of `draw_from_flow`.
+
+    Both are constants of the result: the arguments come without gradients.
+    """
+    actions, flow_actions = draws
+    size = actions[0].size
+    radius = jnp.asarray(method.radius, actions.dtype)
+    zero = jnp.zeros((), actions.dtype)
+    step = _CalibratedStep(method, zero, zero, key)
+
+    def eigenvalue_and_gradient(o, a):
+        metric = step.metric_at(policy, o, a)
+        return mean_eigenvalue(metric, a), critic_gradient(policy, critic, o, a)
+
+    eigenvalues: Array
+    eigenvalues, gradients = over_rows(eigenvalue_and_gradient)(actions)
+    eigenvalue = jnp.mean(jnp.where(jnp.isfinite(eigenvalues), eigenvalues, 0))
+
+    def attempt(damping):
+        def fields(scale):
+            step = _CalibratedStep(method, damping, scale, key)
+
+            def field(o, a):
+                δ, J = method.measure.linearise(policy, lambda a: step(policy, critic, o, a), a)
+                δ, finite = finite_or_zero(δ)
+                return δ, jnp.where(finite, J, 0)
+
+            return over_rows(field)(actions)
+
+        def terms(o, a, b, δ, J):
+            result = method.measure.terms(policy, o, a, δ, J, b)
+            return result.kl, result.folded
+
+        def measure(scale):
+            # A single step and its Jacobian are proportional to the scale.
+            if method.num_steps == 1:
+                δ, J = scaled(scale, unit[0]), scaled(scale, unit[1])
+            else:
+                δ, J = fields(scale)
+                δ, J = jnp.where(scale > 0, δ, 0), jnp.where(scale > 0, J, 0)
+            kl, folded = over_rows(terms)(actions, flow_actions, δ, J)
+            return jnp.mean(kl), jnp.mean(folded)
+
+        if method.num_steps == 1:
+            unit = fields(jnp.ones_like(radius))
+            directions = unit[0]
+        else:
+            directions = over_rows(lambda o, a: step.direction(policy, critic, o, a, damping))(
+                actions
+            )
+        # E[gᵀ (G + λI)⁻¹ g], whose half is the quadratic cost of the unscaled direction.
+        squared_norm = jnp.nanmean(jnp.sum((gradients * directions).reshape(-1, size), axis=1))
+        usable = jnp.isfinite(squared_norm) & (squared_norm > 0)
+        initial = jnp.sqrt(2 * radius / jnp.where(usable, squared_norm, 1))
+        initial = jnp.where(usable, initial, 0)
+        return scale_to_radius(
+            measure,
+            radius,
+            initial,
+            max_folded=method.max_folded,
+            after_others=policy.flow_policy is not policy,
+        )
+
+    def raise_damping(state):
+        rung, damping, _, _ = state
+        damping = jnp.where(rung == 0, damping, 4 * damping)
+        scale, kl = attempt(damping)
+        return rung + 1, damping, scale, kl
+
+    def folds_forbid(state):
+        rung, _, _, kl = state
+        return (rung == 0) | ((rung < 4) & (kl < 0.95 * radius))
+
+    damping = jnp.asarray(damping, actions.dtype) * eigenvalue
+    state = (jnp.asarray(0), damping, zero, zero)
+    _, damping, scale, _ = lax.while_loop(folds_forbid, raise_damping, state)
+    return _CalibratedStep(method, damping, scale, key)

@@ -1,0 +1,51 @@
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.flatten_util
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+
+def random_rows(tree: PyTree[Any], num: int, *, key: PRNGKeyArray) -> PyTree[Any]:
+    """Rows of a batch, drawn at random with replacement."""
+    length = jnp.shape(jax.tree.leaves(tree)[0])[0]
+    rows = jax.random.randint(key, (num,), 0, length)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tree)
+
+
+def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
+    """Lays PyTrees of arrays side by side in one vector, for the input of a network."""
+    return jax.flatten_util.ravel_pytree(trees)[0]
+
+
+def fold_in_values(key: PRNGKeyArray, tree: PyTree[Any]) -> PRNGKeyArray:
+    """A key of its own for every value of a PyTree of arrays."""
+    values = jax.lax.stop_gradient(ravel_inputs(tree)).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1  # else permutations would agree
+    return jax.random.fold_in(key, jnp.sum(bits * weights, dtype=jnp.uint32))
+
+
+def as_inexact(x: Any) -> Array:
+    """An array of floating point numbers."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
+
+
+def constant(tree: PyTree[Any]) -> PyTree[Any]:
+    """Lets no gradient through the arrays of a PyTree."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree
+    )
+
+
+def finite_or_zero(x: Array) -> tuple[Array, Array]:
+    """`x` where all of it is finite, zero otherwise; and whether it was.
+
+    One bad entry discards the whole of `x`, since a displacement with some of its entries
+    removed points somewhere that nobody asked for.
+    """
+    finite = jnp.all(jnp.isfinite(x))
+    return jnp.where(finite, x, jnp.zeros_like(x)), finite

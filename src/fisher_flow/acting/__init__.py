@@ -1,2 +1,0 @@
-from ._actor import Actor as Actor
-from ._export import export_sampler as export_sampler
