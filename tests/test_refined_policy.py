@@ -137,7 +137,7 @@ def test_drawn_with_its_log_density(policies):
 def test_kl_from_the_flow(known, policies, log_probs):
     """Of the second map after the first, from the flow on: by quadrature of their densities."""
     _, before, after = policies
-    measure = ff.TransportKL(ff.PerturbedScore(time=0.99), from_flow=True)
+    measure = ff.TransportKL(ff.PerturbedScore(time=0.99), whole_chain=True)
 
     def terms(key):
         b = before.flow_policy.draw(o, key=key)

@@ -64,6 +64,7 @@ from ._flows import (
     VPrediction as VPrediction,
 )
 from ._geometry import (
+    AbstractCost as AbstractCost,
     AbstractMetric as AbstractMetric,
     AbstractScore as AbstractScore,
     AveragedFisher as AveragedFisher,
@@ -95,6 +96,7 @@ from ._refinement import (
     Fidelity as Fidelity,
     NaturalStep as NaturalStep,
     plot_refinement as plot_refinement,
+    Reached as Reached,
     refine as refine,
     refine_chain as refine_chain,
     RefinedPolicy as RefinedPolicy,

@@ -12,7 +12,7 @@ from .._checks import check_at_least, check_instance, check_positive_integer
 from .._data import Transitions
 from .._flows import AbstractPolicy
 from .._geometry import (
-    AbstractMetric,
+    AbstractCost,
     AveragedFisher,
     calibrate,
     CalibratedScore,
@@ -37,7 +37,7 @@ class FisherDecoratorState(eqx.Module):
     target_critic: Any
     residual: Learner
     log_dual: Scalar
-    metric: AbstractMetric
+    metric: AbstractCost
 
 
 class FisherDecorator(AbstractAgent):
@@ -75,7 +75,7 @@ class FisherDecorator(AbstractAgent):
 
     flow: BehaviourFlow
     critic: AbstractCriticLearning
-    metric: AbstractMetric
+    metric: AbstractCost
     radius: ScalarLike
     from_data: bool = eqx.field(static=True)
     num_candidates: int = eqx.field(static=True)
@@ -83,7 +83,7 @@ class FisherDecorator(AbstractAgent):
 
     def __init__(
         self,
-        metric: AbstractMetric = FisherRao(),
+        metric: AbstractCost = FisherRao(),
         radius: ScalarLike = 0.5,
         *,
         flow: BehaviourFlow = BehaviourFlow(),
@@ -110,7 +110,7 @@ class FisherDecorator(AbstractAgent):
             two gained on HalfCheetah, lost much on cube-single and little on Pendulum.
         - `learning_rate`: the rate of Adam for the critic and the residual.
         """
-        check_instance("metric", metric, AbstractMetric, "fisher_flow.FisherRao()")
+        check_instance("metric", metric, AbstractCost, "fisher_flow.FisherRao()")
         check_at_least("radius", radius, 0, 0.5)
         check_parts(flow, critic, learning_rate)
         check_positive_integer("num_candidates", num_candidates, 1)
@@ -254,12 +254,12 @@ class FisherDecorator(AbstractAgent):
 
 
 @eqx.filter_jit
-def _calibrated(metric, policy, observations, key) -> AbstractMetric:
+def _calibrated(metric, policy, observations, key) -> AbstractCost:
     # Under `jit` the order of the score is an array too, so no choice is a reason to compile.
     return calibrate(metric, policy, observations, None, key)
 
 
-def _with_a_time(metric: AbstractMetric, dtype: Any) -> AbstractMetric:
+def _with_a_time(metric: AbstractCost, dtype: Any) -> AbstractCost:
     """The metric as it is until it is settled, in the shape that it has then."""
     score = CalibratedScore(
         time=jnp.asarray(0.9, dtype),

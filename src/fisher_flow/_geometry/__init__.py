@@ -6,6 +6,7 @@ from ._calibration import (
     is_open as is_open,
 )
 from ._costs import (
+    AbstractCost as AbstractCost,
     AbstractMetric as AbstractMetric,
     AveragedFisher as AveragedFisher,
     Euclidean as Euclidean,

@@ -50,37 +50,16 @@ class TransportKL(eqx.Module):
     if the score is that of the actions).
     """
 
-    score: AbstractScore
-    num_nodes: int = eqx.field(static=True)
-    num_probes: int | None = eqx.field(static=True)
-    from_flow: bool = eqx.field(static=True)
+    score: AbstractScore = PerturbedScore()
+    num_nodes: int = eqx.field(static=True, default=3)
+    num_probes: int | None = eqx.field(static=True, default=None)
+    whole_chain: bool = eqx.field(static=True, default=False)
 
-    def __init__(
-        self,
-        score: AbstractScore = PerturbedScore(),
-        num_nodes: int = 3,
-        num_probes: int | None = None,
-        from_flow: bool = False,
-    ):
-        r"""**Arguments:**
-
-        - `score`: the estimate of the score.
-        - `num_nodes`: the number of Gauss-Legendre nodes for the integral over $\tau$.
-        - `num_probes`: the number of random probes from which trace and determinant are
-            estimated, each at eight products of $\nabla\delta$ with a vector. By default both
-            are exact for actions of up to 32 entries, and larger ones have one probe: its error
-            averages out over the actions.
-        - `from_flow`: whether the KL of a map of a *refined* policy is that from the flow
-            underneath, through this map and all before it, rather than from that policy.
-        """
-        check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
-        check_positive_integer("num_nodes", num_nodes, 3)
-        if num_probes is not None:
-            check_positive_integer("num_probes", num_probes, 1)
-        self.score = score
-        self.num_nodes = num_nodes
-        self.num_probes = num_probes
-        self.from_flow = bool(from_flow)
+    def __check_init__(self):
+        check_instance("score", self.score, AbstractScore, "fisher_flow.PerturbedScore()")
+        check_positive_integer("num_nodes", self.num_nodes, 3)
+        if self.num_probes is not None:
+            check_positive_integer("num_probes", self.num_probes, 1)
 
     @eqx.filter_jit
     def __call__(
@@ -183,7 +162,7 @@ class TransportKL(eqx.Module):
         )
         known = jnp.isfinite(terms.kl) & jnp.isfinite(terms.stein)
         # An action that stays costs nothing, whether or not it has a score.
-        map_and_jacobian = (δ, J) if self.from_flow else (displacement, jacobian)
+        map_and_jacobian = (δ, J) if self.whole_chain else (displacement, jacobian)
         moved = jnp.any(map_and_jacobian[0] != 0) | jnp.any(map_and_jacobian[1] != 0)
         zero = jnp.zeros_like(terms.kl)
         return TransportTerms(
@@ -224,7 +203,20 @@ class TransportKL(eqx.Module):
         identity = jnp.eye(action.size, dtype=action.dtype)
         a = policy.to_flow(observation, action) if flow_action is None else flow_action
         J = (identity + jacobian) @ map_jacobian(a)
-        if self.from_flow:
+        if self.whole_chain:
             return a, action + displacement - a, J - identity
         b = policy.to_flow(observation, action + displacement)
         return a, b - a, jnp.linalg.solve(map_jacobian(b), J) - identity
+
+
+TransportKL.__init__.__doc__ = r"""**Arguments:**
+
+- `score`: the estimate of the score.
+- `num_nodes`: the number of Gauss-Legendre nodes for the integral over $\tau$.
+- `num_probes`: the number of random probes from which trace and determinant are
+    estimated, each at eight products of $\nabla\delta$ with a vector. By default both
+    are exact for actions of up to 32 entries, and larger ones have one probe: its error
+    averages out over the actions.
+- `whole_chain`: whether the KL of a map of a *refined* policy is that from the flow
+    underneath, through this map and all before it, rather than from that policy.
+"""

@@ -1,3 +1,4 @@
+from ._damped_solve import damped_solve as damped_solve
 from ._jacobian import (
     rademacher_probes as rademacher_probes,
     value_and_divergence as value_and_divergence,
@@ -10,5 +11,4 @@ from ._krylov import (
     trace_and_log_det as trace_and_log_det,
     value_and_projections as value_and_projections,
 )
-from ._linear_solve import linear_solve as linear_solve
 from ._positive_part import smooth_positive_part as smooth_positive_part

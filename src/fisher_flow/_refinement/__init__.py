@@ -6,6 +6,7 @@ from ._fidelity import Fidelity as Fidelity, Refit as Refit
 from ._method import (
     AbstractDisplacement as AbstractDisplacement,
     AbstractRefinement as AbstractRefinement,
+    Reached as Reached,
 )
 from ._natural_step import NaturalStep as NaturalStep
 from ._plot_refinement import plot_refinement as plot_refinement

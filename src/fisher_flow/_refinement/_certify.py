@@ -29,7 +29,7 @@ class Certificate(eqx.Module):
 
     kl: Scalar
     """The measured KL from the unrefined policy, in nats, averaged over observations. In a chain,
-    where the measure of the method is `from_flow`, that from the flow underneath."""
+    where the measure of the method is of the whole chain, that from the flow underneath."""
 
     kl_stderr: Scalar
     """Its standard error."""
@@ -242,20 +242,14 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
         def scaled_terms(fraction):
             return method.measure.terms(policy, o, a, fraction * δ, fraction * J, flow_action)
 
-        def field_of_flow(x):
-            if isinstance(policy, FlowPolicy):
-                return refined.checked_displacement(o, x)[0]
-            # To first order about `b`, which is all that its cost depends on.
-            return δ_b + (J_b @ (x - b).reshape(-1)).reshape(b.shape)
-
         δ, J, finite = method.measure.linearise(
             policy, lambda a: refined.checked_displacement(o, a), a, has_aux=True
         )
         moved = jnp.any(δ != 0)
-        # In a chain, as a map of the flow, whose metric is at hand.
-        b, δ_b, J_b = method.measure.in_flow_coordinates(policy, o, a, δ, J, flow_action)
         terms = jax.vmap(scaled_terms)(fractions.astype(a.dtype))
-        predicted = method.metric.cost(policy.flow_policy, o, b, field_of_flow, key=metric_key)
+        field = lambda a: refined.checked_displacement(o, a)[0]
+        # After other maps, too, the metric is that of the flow.
+        predicted = method.metric.cost(policy.flow_policy, o, a, field, key=metric_key)
         gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
         return dict(
             terms=terms,

@@ -171,7 +171,7 @@ def refine_chain(
     calibration_key, steps_key = jr.split(jr.key(0) if key is None else key)
     method = calibrate(method, refined, observations, actions, calibration_key)
     measure = method.measure
-    measure = TransportKL(measure.score, measure.num_nodes, measure.num_probes, from_flow=True)
+    measure = TransportKL(measure.score, measure.num_nodes, measure.num_probes, whole_chain=True)
     start, spent, total = None, 0.0, jnp.asarray(method.radius)
     if isinstance(refined, RefinedPolicy):
         start = certify(refined, critic, held_out, key=jr.fold_in(steps_key, num_steps))

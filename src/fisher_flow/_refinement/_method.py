@@ -3,12 +3,23 @@ from typing import Any
 
 import equinox as eqx
 from equinox import AbstractVar
-from jaxtyping import PRNGKeyArray, PyTree, ScalarLike
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._checks import check_at_least, check_instance
 from .._custom_types import Action, Critic, Observation
 from .._flows import AbstractFlowPolicy
-from .._geometry import AbstractMetric, TransportKL
+from .._geometry import AbstractCost, AbstractMetric, TransportKL
+
+
+class Reached(eqx.Module):
+    """What the calibration of a refinement reached, on the actions that settled its length."""
+
+    kl: Scalar
+    """The KL in nats: the radius, within one part in a hundred, unless something forbade it."""
+
+    limited: Bool[Array, ""]
+    """Whether the KL stays below the radius, by more than one part in twenty: a longer displacement
+    folds at too many actions, its KL cannot be measured, or the critic has no gradient."""
 
 
 class AbstractDisplacement(eqx.Module):
@@ -36,9 +47,10 @@ class AbstractDisplacement(eqx.Module):
 class AbstractRefinement(eqx.Module):
     """Abstract base class for the ways to find a displacement: the `method` of `refine`."""
 
-    metric: AbstractVar[AbstractMetric]
+    metric: AbstractVar[AbstractCost]
     radius: AbstractVar[ScalarLike]
     measure: AbstractVar[TransportKL]
+    max_folded: AbstractVar[ScalarLike]
 
     @abc.abstractmethod
     def fit(
@@ -48,8 +60,8 @@ class AbstractRefinement(eqx.Module):
         observations: PyTree[Any] | None,
         *,
         key: PRNGKeyArray,
-    ) -> AbstractDisplacement:
-        """Finds the displacement that improves `policy` by `critic`.
+    ) -> AbstractFlowPolicy:
+        """Improves `policy` by `critic`.
 
         **Arguments:**
 
@@ -60,23 +72,25 @@ class AbstractRefinement(eqx.Module):
 
         **Returns:**
 
-        The displacement.
+        The better policy.
         """
 
 
-def check_method(metric: Any, radius: Any, measure: Any, example: str) -> TransportKL:
-    """Checks what all methods have in common, and settles how the KL is measured."""
-    check_instance("metric", metric, AbstractMetric, example)
+def check_method(metric: Any, cls: type, radius: Any, measure: Any, example: str) -> None:
+    """Checks what all methods have in common."""
+    check_instance("metric", metric, cls, example)
     check_at_least("radius", radius, 0, 0.5)
-    if measure is None:
-        # Hold the measured KL to the same estimate of the score as the metric, if it has one.
-        return TransportKL(metric.score) if hasattr(metric, "score") else TransportKL()
-    check_instance("measure", measure, TransportKL, "fisher_flow.TransportKL()")
-    return measure
+    if measure is not None:
+        check_instance("measure", measure, TransportKL, "fisher_flow.TransportKL()")
+
+
+def measure_by(metric: AbstractCost) -> TransportKL:
+    """The measured KL is held to the estimate of the score that the metric uses, if it uses one."""
+    return TransportKL() if metric.score is None else TransportKL(metric.score)
 
 
 def method_example(method: Any) -> str:
-    """What to write instead of a method that is none."""
+    """What to write instead of something that is not a method."""
     metric = f"{type(method).__name__}()" if isinstance(method, AbstractMetric) else ""
     return f"fisher_flow.NaturalStep({metric})"
 

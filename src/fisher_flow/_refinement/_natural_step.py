@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from dataclasses import KW_ONLY
 from typing import Any
 
 import equinox as eqx
@@ -7,17 +7,26 @@ import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
 from jax import lax
-from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike, UInt32
 
 from .._checks import batch_length, check_at_least, check_instance, check_positive_integer
 from .._custom_types import Action, Critic, Observation
 from .._flows import AbstractFlowPolicy
-from .._geometry import AbstractMetric, FisherRao, ObservedInformation, TransportKL
-from .._linalg import KrylovPositivePart, linear_solve, mean_eigenvalue
+from .._geometry import AbstractCost, AbstractMetric, ObservedInformation, TransportKL
+from .._linalg import damped_solve
 from .._trees import constant, finite_or_zero, fold_in_values
 from ._executed_critic import critic_gradient
-from ._method import AbstractDisplacement, AbstractRefinement, check_method, draw_from_flow
-from ._radius import scale_to_radius, scaled
+from ._meet_radius import linearised_fields, meet_radius, over_batch, OverRows
+from ._method import (
+    AbstractDisplacement,
+    AbstractRefinement,
+    check_method,
+    draw_from_flow,
+    measure_by,
+    Reached,
+)
+from ._radius import scaled
+from ._refined_policy import RefinedPolicy
 
 
 class NaturalStep(AbstractRefinement):
@@ -45,78 +54,39 @@ class NaturalStep(AbstractRefinement):
         advance, every state spends the same KL, and a sample costs some hundred times more.
     """
 
-    metric: AbstractMetric
-    radius: ScalarLike
-    damping: ScalarLike
-    num_steps: int = eqx.field(static=True)
-    max_folded: ScalarLike
-    num_auxiliary: int = eqx.field(static=True)
-    num_calibration: int = eqx.field(static=True)
-    solver: lx.AbstractLinearSolver
-    measure: TransportKL
+    metric: AbstractMetric = ObservedInformation()
+    radius: ScalarLike = 0.5
+    _: KW_ONLY
+    damping: ScalarLike = 0.2
+    num_steps: int = eqx.field(static=True, default=1)
+    max_folded: ScalarLike = 0.01
+    num_auxiliary: int = eqx.field(static=True, default=64)
+    num_calibration: int = eqx.field(static=True, default=16_384)
+    solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True)
+    measure: TransportKL = None  # pyright: ignore
 
-    def __init__(
-        self,
-        metric: AbstractMetric = ObservedInformation(),
-        radius: ScalarLike = 0.5,
-        *,
-        damping: ScalarLike = 0.2,
-        num_steps: int = 1,
-        max_folded: ScalarLike = 0.01,
-        num_auxiliary: int = 64,
-        num_calibration: int = 16_384,
-        solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True),
-        measure: TransportKL | None = None,
-    ):
-        r"""**Arguments:**
-
-        - `metric`: what a step costs in each direction.
-        - `radius`: the KL to spend, in nats, averaged over observations. The measured KL meets it
-            unless folds forbid.
-
-        **Other arguments:**
-
-        - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue that is added to it at
-            first; without observations eight times as much, since few actions show few folds.
-        - `num_steps`: the number of short steps to split the step into, each from where the one
-            before it ended. Several follow the critic around curves and fold less; sampling costs
-            as many times more.
-        - `max_folded`: the share of actions at which the transport map may fold. If maps before it
-            fold at more of them already, this one may add none.
-        - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
-            the length of the step there.
-        - `num_calibration`: with observations, the number of actions drawn to settle it once.
-        - `solver`: any Lineax solver for symmetric positive definite operators. Actions of more
-            than 32 entries need none: `ObservedInformation` solves in its own small space.
-        - `measure`: how the KL is measured. By default with the score of the metric.
-
-        **Raises:**
-
-        - `ValueError` if an argument is not of its kind, or the metric prices fields rather than
-            steps.
-        """
-        self.measure = check_method(metric, radius, measure, "fisher_flow.ObservedInformation()")
-        if isinstance(metric, FisherRao):
+    def __post_init__(self):
+        if isinstance(self.metric, AbstractCost) and not isinstance(self.metric, AbstractMetric):
+            name = type(self.metric).__name__
             raise ValueError(
-                "`metric` must price single steps, but got `FisherRao()`, which prices the "
-                "divergence of a field and has rank one at a single action. Write "
-                "`NaturalStep(metric=ObservedInformation())`, or train with "
-                "`Residual(metric=FisherRao())`."
+                f"`metric` must price single steps, but got `{name}()`, which prices the "
+                "divergence of a field. Write `NaturalStep(metric=ObservedInformation())`, or train with "
+                f"`Residual(metric={name}())`."
             )
-        check_at_least("damping", damping, 0, 0.2)
-        check_at_least("max_folded", max_folded, 0, 0.01)
-        check_positive_integer("num_steps", num_steps, 1)
-        check_positive_integer("num_auxiliary", num_auxiliary, 64)
-        check_positive_integer("num_calibration", num_calibration, 16_384)
-        check_instance("solver", solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)")
-        self.metric = metric
-        self.radius = radius
-        self.damping = damping
-        self.num_steps = num_steps
-        self.max_folded = max_folded
-        self.num_auxiliary = num_auxiliary
-        self.num_calibration = num_calibration
-        self.solver = solver
+        example = "fisher_flow.ObservedInformation()"
+        check_method(self.metric, AbstractMetric, self.radius, self.measure, example)
+        if self.measure is None:
+            self.measure = measure_by(self.metric)
+
+    def __check_init__(self):
+        check_at_least("damping", self.damping, 0, 0.2)
+        check_at_least("max_folded", self.max_folded, 0, 0.01)
+        check_positive_integer("num_steps", self.num_steps, 1)
+        check_positive_integer("num_auxiliary", self.num_auxiliary, 64)
+        check_positive_integer("num_calibration", self.num_calibration, 16_384)
+        check_instance(
+            "solver", self.solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)"
+        )
 
     def fit(
         self,
@@ -125,10 +95,40 @@ class NaturalStep(AbstractRefinement):
         observations: PyTree[Any] | None,
         *,
         key: PRNGKeyArray,
-    ) -> AbstractDisplacement:
+    ) -> RefinedPolicy:
         if observations is None:
-            return _StepPerState(self, key)
-        return _calibrated_step(policy, critic, self, observations, key)
+            return RefinedPolicy(policy, critic, _StepPerState(self, jr.key_data(key)), self)
+        step, reached = _calibrated_step(policy, critic, self, observations, key)
+        return RefinedPolicy(policy, critic, step, self, reached)
+
+
+NaturalStep.__init__.__doc__ = r"""**Arguments:**
+
+- `metric`: what a step costs in each direction.
+- `radius`: the KL to spend, in nats, averaged over observations. The measured KL meets it
+    unless folds forbid.
+
+**Other arguments:**
+
+- `damping`: the multiple $\lambda$ of the metric's mean eigenvalue that is added to it at
+    first; without observations eight times as much, since few actions show few folds.
+- `num_steps`: the number of short steps to split the step into, each from where the one
+    before it ended. Several follow the critic around curves and fold less; sampling costs
+    as many times more.
+- `max_folded`: the share of actions at which the transport map may fold. If maps before it
+    fold at more of them already, this one may add none.
+- `num_auxiliary`: without observations, the number of actions drawn at a state to settle
+    the length of the step there.
+- `num_calibration`: with observations, the number of actions drawn to settle it once.
+- `solver`: any Lineax solver for symmetric positive definite operators. Actions of more
+    than 32 entries need none: `ObservedInformation` solves in its own small space.
+- `measure`: how the KL is measured. By default with the score of the metric.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind, or the metric prices fields rather than
+    steps.
+"""
 
 
 class _CalibratedStep(AbstractDisplacement):
@@ -137,7 +137,7 @@ class _CalibratedStep(AbstractDisplacement):
     method: NaturalStep
     damping: Scalar  # absolute: a multiple of the identity
     scale: Scalar
-    key: PRNGKeyArray
+    key_data: UInt32[Array, "..."]  # not a key, which Equinox cannot write to a file
 
     def __call__(
         self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
@@ -158,43 +158,28 @@ class _CalibratedStep(AbstractDisplacement):
         # A metric may not be zero, as at a score of zero.
         floor = jnp.asarray(jnp.finfo(action.dtype).tiny, action.dtype) ** 0.5
         damping = jnp.maximum(damping.astype(action.dtype), floor)
-        G = self.metric_at(policy, observation, action)
-        if isinstance(G, KrylovPositivePart):
-            step = G.damped_solve(g.reshape(-1), damping)
-            return jnp.where(finite, step.reshape(action.shape), jnp.nan)
-        # A factorisation of what is not finite may not end well.
-        for leaf in jax.tree.leaves(eqx.filter(G, eqx.is_inexact_array)):
-            finite = finite & jnp.all(jnp.isfinite(leaf))
-        G = jax.tree.map(
-            lambda leaf: jnp.where(finite, leaf, 0) if eqx.is_inexact_array(leaf) else leaf, G
+        # After other maps, too, the metric is that of the flow: as a preconditioner it need not be
+        # exact, and the curvature of a refined density costs derivatives of ever higher order.
+        G = self.method.metric.operator(
+            policy.flow_policy, observation, action, key=jr.wrap_key_data(self.key_data)
         )
-        if isinstance(G, lx.MatrixLinearOperator):  # a sum of two kinds cannot be sharded
-            ridge = damping * jnp.eye(action.size, dtype=action.dtype)
-            damped = lx.MatrixLinearOperator(G.as_matrix() + ridge, lx.positive_semidefinite_tag)
-        else:
-            ridge = lx.DiagonalLinearOperator(jnp.full(action.size, damping))
-            damped = lx.TaggedLinearOperator(G + ridge, lx.positive_semidefinite_tag)
-        step: Array = linear_solve(damped, g.reshape(-1), self.method.solver)
+        step = damped_solve(G, g.reshape(-1), damping, self.method.solver)
         return jnp.where(finite, step.reshape(action.shape), jnp.nan)
-
-    def metric_at(self, policy, observation, action) -> lx.AbstractLinearOperator:
-        # In a chain, too, the metric is that of the flow: as a preconditioner it need not be exact,
-        # and the curvature of a refined density would cost derivatives of ever higher order.
-        return self.method.metric.operator(policy.flow_policy, observation, action, key=self.key)
 
 
 class _StepPerState(AbstractDisplacement):
     """Damping and length are settled at every observation, from actions drawn there."""
 
     method: NaturalStep
-    key: PRNGKeyArray
+    key_data: UInt32[Array, "..."]
 
     def __call__(
         self, policy: AbstractFlowPolicy, critic: Critic, observation: Observation, action: Action
     ) -> Action:
         # Noise that is fixed at a state, so that the displacement is a function of its arguments;
         # and another at every state, so that its errors average out.
-        auxiliary_key, metric_key = jr.split(fold_in_values(self.key, observation))
+        key = fold_in_values(jr.wrap_key_data(self.key_data), observation)
+        auxiliary_key, metric_key = jr.split(key)
         keys = jr.split(auxiliary_key, self.method.num_auxiliary)
         method, π, Q, o = constant((self.method, policy, critic, observation))
         draws = jax.vmap(lambda key: draw_from_flow(π, o, key))(keys)
@@ -203,12 +188,12 @@ class _StepPerState(AbstractDisplacement):
             return jax.vmap(lambda *row: function(o, *row))
 
         # Few actions show few of the folds, hence a start further up.
-        step = _settle(method, π, Q, draws, over_rows, metric_key, 8 * method.damping)
+        step, _ = _settle(method, π, Q, draws, over_rows, metric_key, 8 * method.damping)
         return step(policy, critic, observation, action)
 
 
 @eqx.filter_jit
-def _calibrated_step(policy, critic, method, observations, key) -> _CalibratedStep:
+def _calibrated_step(policy, critic, method, observations, key) -> tuple[_CalibratedStep, Reached]:
     row_key, action_key, metric_key = jr.split(key, 3)
     policy, critic, method, observations = constant((policy, critic, method, observations))
     length = batch_length("observations", observations)
@@ -216,21 +201,9 @@ def _calibrated_step(policy, critic, method, observations, key) -> _CalibratedSt
     # Every observation once, or as often as another, before a random remainder.
     rows = jnp.concatenate([jr.permutation(row_key, length)] * -(-n // length))[:n]
     rows = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    over_rows = _over_batch(rows)
+    over_rows = over_batch(rows)
     draws = over_rows(lambda o, key: draw_from_flow(policy, o, key))(jr.split(action_key, n))
     return _settle(method, policy, critic, draws, over_rows, metric_key, method.damping)
-
-
-def _over_batch(observations):
-    """Maps a function over rows, a few hundred at a time to bound the memory."""
-
-    def over_rows(function):
-        def mapped(*columns):
-            return lax.map(lambda row: function(*row), (observations, *columns), batch_size=256)
-
-        return mapped
-
-    return over_rows
 
 
 def _settle(
@@ -238,84 +211,64 @@ def _settle(
     policy: AbstractFlowPolicy,
     critic: Critic,
     draws: tuple[Array, Array],
-    over_rows: Callable[[Callable], Callable],
+    over_rows: OverRows,
     key: PRNGKeyArray,
     damping: ScalarLike,
-) -> _CalibratedStep:
+) -> tuple[_CalibratedStep, Reached]:
     """Settles the damping and the length of a step over a batch of `draw_from_flow`.
 
     Both are constants of the result: the arguments come without gradients.
     """
-    actions, flow_actions = draws
+    actions, _ = draws
     size = actions[0].size
     radius = jnp.asarray(method.radius, actions.dtype)
     zero = jnp.zeros((), actions.dtype)
-    step = _CalibratedStep(method, zero, zero, key)
+    key_data = jr.key_data(key)
 
     def eigenvalue_and_gradient(o, a):
-        metric = step.metric_at(policy, o, a)
-        return mean_eigenvalue(metric, a), critic_gradient(policy, critic, o, a)
+        eigenvalue = method.metric.mean_eigenvalue(policy.flow_policy, o, a, key=key)
+        return eigenvalue, critic_gradient(policy, critic, o, a)
 
     eigenvalues: Array
     eigenvalues, gradients = over_rows(eigenvalue_and_gradient)(actions)
     eigenvalue = jnp.mean(jnp.where(jnp.isfinite(eigenvalues), eigenvalues, 0))
 
     def attempt(damping):
-        def fields(scale):
-            step = _CalibratedStep(method, damping, scale, key)
-
-            def field(o, a):
-                δ, J = method.measure.linearise(policy, lambda a: step(policy, critic, o, a), a)
-                δ, finite = finite_or_zero(δ)
-                return δ, jnp.where(finite, J, 0)
-
-            return over_rows(field)(actions)
-
-        def terms(o, a, b, δ, J):
-            result = method.measure.terms(policy, o, a, δ, J, b)
-            return result.kl, result.folded
-
-        def measure(scale):
-            # A single step and its Jacobian are proportional to the scale.
-            if method.num_steps == 1:
-                δ, J = scaled(scale, unit[0]), scaled(scale, unit[1])
-            else:
-                δ, J = fields(scale)
-                δ, J = jnp.where(scale > 0, δ, 0), jnp.where(scale > 0, J, 0)
-            kl, folded = over_rows(terms)(actions, flow_actions, δ, J)
-            return jnp.mean(kl), jnp.mean(folded)
+        def fields_at(scale):
+            step = _CalibratedStep(method, damping, scale, key_data)
+            field = lambda o, a: step(policy, critic, o, a)
+            return linearised_fields(method, policy, field, actions, over_rows)
 
         if method.num_steps == 1:
-            unit = fields(jnp.ones_like(radius))
+            # A single step and its Jacobian are proportional to the scale.
+            unit = fields_at(jnp.ones_like(radius))
             directions = unit[0]
+            fields = lambda scale: (scaled(scale, unit[0]), scaled(scale, unit[1]))
         else:
+            step = _CalibratedStep(method, damping, zero, key_data)
             directions = over_rows(lambda o, a: step.direction(policy, critic, o, a, damping))(
                 actions
+            )
+            fields = lambda scale: jax.tree.map(
+                lambda x: jnp.where(scale > 0, x, 0), fields_at(scale)
             )
         # E[gᵀ (G + λI)⁻¹ g], whose half is the quadratic cost of the unscaled direction.
         squared_norm = jnp.nanmean(jnp.sum((gradients * directions).reshape(-1, size), axis=1))
         usable = jnp.isfinite(squared_norm) & (squared_norm > 0)
         initial = jnp.sqrt(2 * radius / jnp.where(usable, squared_norm, 1))
         initial = jnp.where(usable, initial, 0)
-        return scale_to_radius(
-            measure,
-            radius,
-            initial,
-            max_folded=method.max_folded,
-            after_others=policy.flow_policy is not policy,
-        )
+        return meet_radius(method, policy, fields, initial, draws, over_rows)
 
     def raise_damping(state):
         rung, damping, _, _ = state
         damping = jnp.where(rung == 0, damping, 4 * damping)
-        scale, kl = attempt(damping)
-        return rung + 1, damping, scale, kl
+        return rung + 1, damping, *attempt(damping)
 
     def folds_forbid(state):
-        rung, _, _, kl = state
-        return (rung == 0) | ((rung < 4) & (kl < 0.95 * radius))
+        rung, _, _, reached = state
+        return (rung == 0) | ((rung < 4) & reached.limited)
 
     damping = jnp.asarray(damping, actions.dtype) * eigenvalue
-    state = (jnp.asarray(0), damping, zero, zero)
-    _, damping, scale, _ = lax.while_loop(folds_forbid, raise_damping, state)
-    return _CalibratedStep(method, damping, scale, key)
+    state = (jnp.asarray(0), damping, zero, Reached(zero, jnp.asarray(True)))
+    _, damping, scale, reached = lax.while_loop(folds_forbid, raise_damping, state)
+    return _CalibratedStep(method, damping, scale, key_data), reached

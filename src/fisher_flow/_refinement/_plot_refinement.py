@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_instance, check_positive_integer
 from .._custom_types import Critic, Observation
-from .._geometry import AbstractMetric, FisherRao, ObservedInformation
+from .._geometry import AbstractMetric, ObservedInformation
 from .._linalg import value_and_jacobian
 from ._executed_critic import check_critic, critic_value
 from ._refined_policy import RefinedPolicy
@@ -48,9 +48,8 @@ def plot_refinement(
     **Other arguments:**
 
     - `critic`: by default the one that the policy was refined by.
-    - `metric`: whose ellipses to draw. By default that of the refinement, or
-        [`fisher_flow.ObservedInformation`][] instead of [`fisher_flow.FisherRao`][], which prices
-        fields rather than steps. It is drawn with the damping of the refinement.
+    - `metric`: whose ellipses to draw, with the damping of the refinement. By default
+        [`fisher_flow.ObservedInformation`][], by the score of the refinement.
     - `limits`: the smallest and largest first entry, and the smallest and largest second entry. By
         default where 99% of the actions of both policies lie, and a margin.
     - `resolution`: the number of points of the density along each axis.
@@ -84,9 +83,7 @@ def plot_refinement(
     critic = policy.critic if critic is None else critic
     check_critic(critic)
     if metric is None:
-        metric = policy.method.metric
-        if isinstance(metric, FisherRao):
-            metric = ObservedInformation(metric.score)
+        metric = ObservedInformation(policy.method.measure.score)
     check_instance("metric", metric, AbstractMetric, "fisher_flow.ObservedInformation()")
     if limits is not None and not (
         len(limits) == 4 and limits[0] < limits[1] and limits[2] < limits[3]

@@ -12,7 +12,6 @@ from .._geometry import calibrate
 from ._executed_critic import check_critic
 from ._method import AbstractRefinement, method_example
 from ._natural_step import NaturalStep
-from ._refined_policy import RefinedPolicy
 
 
 def refine(
@@ -23,7 +22,7 @@ def refine(
     observations: PyTree[Any] | None = None,
     actions: Float[Array, "batch ..."] | None = None,
     key: PRNGKeyArray | None = None,
-) -> RefinedPolicy:
+) -> Any:
     r"""Improves a flow policy by a critic, while staying within a KL of it.
 
     To first order this solves $\max_{\pi'} \mathbb E[Q]$ subject to
@@ -69,7 +68,9 @@ def refine(
 
     **Returns:**
 
-    A [`fisher_flow.RefinedPolicy`][]. With a radius of zero it is the base policy, bit for bit.
+    A [`fisher_flow.RefinedPolicy`][]. Its actions with a radius of zero are those of the base
+    policy, bit for bit. `refined.reached` tells the KL that was met, and whether folds forbade
+    more; it is `None` where the length is settled anew at every observation.
 
     **Raises:**
 
@@ -105,5 +106,4 @@ def refine(
     if observations is not None:
         batch_length("observations", observations)
         method = calibrate(method, policy, observations, actions, calibration_key)
-    field = method.fit(policy, critic, observations, key=fit_key)
-    return RefinedPolicy(policy, critic, field, method)
+    return method.fit(policy, critic, observations, key=fit_key)

@@ -11,8 +11,8 @@ from .._custom_types import Action, Critic, Observation
 from .._flows import AbstractFlowPolicy, FlowPolicy, TanhBounds
 from .._linalg import value_and_jacobian
 from .._trees import as_inexact, finite_or_zero
-from ._executed_critic import critic_gradient
-from ._method import AbstractDisplacement, AbstractRefinement
+from ._executed_critic import check_critic, critic_gradient
+from ._method import AbstractDisplacement, AbstractRefinement, Reached
 
 
 class RefinedPolicy(AbstractFlowPolicy):
@@ -34,6 +34,7 @@ class RefinedPolicy(AbstractFlowPolicy):
     critic: Critic
     displacement_field: AbstractDisplacement
     method: AbstractRefinement
+    reached: Reached | None
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class RefinedPolicy(AbstractFlowPolicy):
         critic: Critic,
         displacement_field: AbstractDisplacement,
         method: AbstractRefinement,
+        reached: Reached | None = None,
     ):
         """**Arguments:**
 
@@ -48,11 +50,18 @@ class RefinedPolicy(AbstractFlowPolicy):
         - `critic`: the critic to refine it by.
         - `displacement_field`: the displacement of its actions.
         - `method`: how the displacement was found.
+        - `reached`: what the calibration of the displacement reached.
+
+        **Raises:**
+
+        - `ValueError` if `critic` is not a function.
         """
+        check_critic(critic)
         self.policy = policy
         self.critic = critic
         self.displacement_field = displacement_field
         self.method = method
+        self.reached = reached
 
     @property
     def action_shape(self) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import KW_ONLY
 from typing import Any
 
 import equinox as eqx
@@ -14,13 +15,21 @@ from .._checks import check_at_least, check_positive_integer
 from .._custom_types import Action, Critic, Observation
 from .._fit import apply_gradient, fit
 from .._flows import AbstractFlowPolicy
-from .._geometry import AbstractMetric, FisherRao, TransportKL
-from .._linalg import mean_eigenvalue
+from .._geometry import AbstractCost, FisherRao, TransportKL
 from .._networks import AbstractEncoder, zero_network
 from .._trees import finite_or_zero, random_rows
 from ._executed_critic import critic_gradient
-from ._method import AbstractDisplacement, AbstractRefinement, check_method, draw_from_flow
-from ._radius import scale_to_radius, scaled
+from ._meet_radius import linearised_fields, meet_radius, over_batch
+from ._method import (
+    AbstractDisplacement,
+    AbstractRefinement,
+    check_method,
+    draw_from_flow,
+    measure_by,
+    Reached,
+)
+from ._radius import scaled
+from ._refined_policy import RefinedPolicy
 
 
 class Residual(AbstractRefinement):
@@ -59,90 +68,41 @@ class Residual(AbstractRefinement):
         ```
     """
 
-    metric: AbstractMetric
-    radius: ScalarLike
-    network: Callable[[Any, Any], Any] | None
-    encoder: AbstractEncoder | None
-    width_size: int = eqx.field(static=True)
-    depth: int = eqx.field(static=True)
-    num_updates: int = eqx.field(static=True)
-    batch_size: int = eqx.field(static=True)
-    learning_rate: ScalarLike
-    damping: ScalarLike
-    max_folded: ScalarLike
-    num_calibration: int = eqx.field(static=True)
-    measure: TransportKL
-    progress: bool = eqx.field(static=True)
+    metric: AbstractCost = FisherRao()
+    radius: ScalarLike = 0.5
+    _: KW_ONLY
+    network: Callable[[Any, Any], Any] | None = None
+    encoder: AbstractEncoder | None = None
+    width_size: int = eqx.field(static=True, default=128)
+    depth: int = eqx.field(static=True, default=3)
+    num_updates: int = eqx.field(static=True, default=5000)
+    batch_size: int = eqx.field(static=True, default=256)
+    learning_rate: ScalarLike = 1e-3
+    damping: ScalarLike = 0.1
+    max_folded: ScalarLike = 0.01
+    num_calibration: int = eqx.field(static=True, default=4096)
+    measure: TransportKL = None  # pyright: ignore
+    progress: bool = eqx.field(static=True, default=True)
 
-    def __init__(
-        self,
-        metric: AbstractMetric = FisherRao(),
-        radius: ScalarLike = 0.5,
-        *,
-        network: Callable[[Any, Any], Any] | None = None,
-        encoder: AbstractEncoder | None = None,
-        width_size: int = 128,
-        depth: int = 3,
-        num_updates: int = 5000,
-        batch_size: int = 256,
-        learning_rate: ScalarLike = 1e-3,
-        damping: ScalarLike = 0.1,
-        max_folded: ScalarLike = 0.01,
-        num_calibration: int = 4096,
-        measure: TransportKL | None = None,
-        progress: bool = True,
-    ):
-        r"""**Arguments:**
+    def __post_init__(self):
+        check_method(
+            self.metric, AbstractCost, self.radius, self.measure, "fisher_flow.FisherRao()"
+        )
+        if self.measure is None:
+            self.measure = measure_by(self.metric)
 
-        - `metric`: what a displacement costs.
-        - `radius`: the KL to spend, in nats, averaged over observations. The measured KL meets it
-            unless folds forbid.
-
-        **Other arguments:**
-
-        - `network`: called as `network(observation, action)` for one sample; returns a
-            displacement. By default a multilayer perceptron of `depth` hidden layers of
-            `width_size` units, which starts from zero.
-        - `encoder`: what that perceptron, if there is one, sees images through, such as
-            [`fisher_flow.ImpalaEncoder`][].
-        - `num_updates`, `batch_size`: the number of gradient steps, and of actions in each.
-        - `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.
-        - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue by which every
-            displacement is charged besides. The published method has none.
-        - `max_folded`: the share of actions at which the transport map may fold. If maps before it
-            fold at more of them already, this one may add none.
-        - `num_calibration`: the number of actions drawn to settle the final scale.
-        - `measure`: how the KL is measured. By default with the score of the metric.
-        - `progress`: whether to show a progress bar with the gain, the KL and the dual variable.
-
-        **Raises:**
-
-        - `ValueError` if an argument is not of its kind.
-        """
-        self.measure = check_method(metric, radius, measure, "fisher_flow.FisherRao()")
-        for name, value, example in (
-            ("width_size", width_size, 128),
-            ("depth", depth, 3),
-            ("num_updates", num_updates, 5000),
-            ("batch_size", batch_size, 256),
-            ("num_calibration", num_calibration, 4096),
+    def __check_init__(self):
+        for name, example in (
+            ("width_size", 128),
+            ("depth", 3),
+            ("num_updates", 5000),
+            ("batch_size", 256),
+            ("num_calibration", 4096),
         ):
-            check_positive_integer(name, value, example)
-        check_at_least("damping", damping, 0, 0.1)
-        check_at_least("max_folded", max_folded, 0, 0.01)
-        self.metric = metric
-        self.radius = radius
-        self.network = network
-        self.encoder = encoder
-        self.width_size = width_size
-        self.depth = depth
-        self.num_updates = num_updates
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.damping = damping
-        self.max_folded = max_folded
-        self.num_calibration = num_calibration
-        self.progress = progress
+            check_positive_integer(name, getattr(self, name), example)
+        check_at_least("learning_rate", self.learning_rate, 0, 1e-3)
+        check_at_least("damping", self.damping, 0, 0.1)
+        check_at_least("max_folded", self.max_folded, 0, 0.01)
 
     def fit(
         self,
@@ -151,7 +111,7 @@ class Residual(AbstractRefinement):
         observations: PyTree[Any] | None,
         *,
         key: PRNGKeyArray,
-    ) -> AbstractDisplacement:
+    ) -> RefinedPolicy:
         if observations is None:
             raise ValueError(
                 "`observations` must be given to train a `Residual`, but got `None`. Write "
@@ -174,7 +134,9 @@ class Residual(AbstractRefinement):
                 key=network_key,
             )
         if not isinstance(self.radius, jax.core.Tracer) and self.radius == 0:
-            return NetworkDisplacement(network, jnp.zeros(()))
+            zero = jnp.zeros(())
+            displacement, reached = NetworkDisplacement(network, zero), Reached(zero, zero > 0)
+            return RefinedPolicy(policy, critic, displacement, self, reached)
         gradient_norm, eigenvalue = _scales(self, policy, critic, observations, scale_key)
         optimiser_state = _optimiser(self).init(eqx.filter(network, eqx.is_inexact_array))
         # From a strong penalty down, so that no early step leaves the data.
@@ -188,11 +150,43 @@ class Residual(AbstractRefinement):
             progress=self.progress,
             description=f"residual, {type(self.metric).__name__}",
         )
-        scale = _final_scale(self, policy, network, observations, calibration_key)
-        return NetworkDisplacement(network, scale)
+        scale, reached = _final_scale(self, policy, network, observations, calibration_key)
+        displacement = NetworkDisplacement(network, scale)
+        return RefinedPolicy(policy, critic, displacement, self, reached)
+
+
+Residual.__init__.__doc__ = r"""**Arguments:**
+
+- `metric`: what a displacement costs.
+- `radius`: the KL to spend, in nats, averaged over observations. The measured KL meets it
+    unless folds forbid.
+
+**Other arguments:**
+
+- `network`: called as `network(observation, action)` for one sample; returns a
+    displacement. By default a multilayer perceptron of `depth` hidden layers of
+    `width_size` units, which starts from zero.
+- `encoder`: what that perceptron, if there is one, sees images through, such as
+    [`fisher_flow.ImpalaEncoder`][].
+- `num_updates`, `batch_size`: the number of gradient steps, and of actions in each.
+- `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.
+- `damping`: the multiple $\lambda$ of the metric's mean eigenvalue by which every
+    displacement is charged besides. The published method has none.
+- `max_folded`: the share of actions at which the transport map may fold. If maps before it
+    fold at more of them already, this one may add none.
+- `num_calibration`: the number of actions drawn to settle the final scale.
+- `measure`: how the KL is measured. By default with the score of the metric.
+- `progress`: whether to show a progress bar with the gain, the KL and the dual variable.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind.
+"""
 
 
 class NetworkDisplacement(AbstractDisplacement):
+    """A network, at the scale that was settled for it."""
+
     network: Callable[[Any, Any], Any]
     scale: Scalar
 
@@ -222,9 +216,9 @@ def _scales(method, policy, critic, observations, key) -> tuple[Scalar, Scalar]:
 
     def norm_and_eigenvalue(row):
         o, a = row
-        metric = method.metric.operator(policy, o, a, key=metric_key)
+        eigenvalue = method.metric.mean_eigenvalue(policy.flow_policy, o, a, key=metric_key)
         g = critic_gradient(policy, critic, o, a)
-        return jnp.linalg.norm(g.reshape(-1)), mean_eigenvalue(metric, a)
+        return jnp.linalg.norm(g.reshape(-1)), eigenvalue
 
     norms, eigenvalues = lax.map(norm_and_eigenvalue, (o, a), batch_size=256)
 
@@ -247,7 +241,8 @@ def _update(args, state, key, step):
         # The gradient of -Q, by hand: where the critic is broken it says nothing.
         g, finite = finite_or_zero(critic_gradient(policy, critic, o, lax.stop_gradient(a + δ)))
         gain = jnp.sum(lax.stop_gradient(g / gradient_norm) * δ)
-        cost = method.metric.cost(policy, o, a, lambda a: network(o, a), key=key)
+        # After other maps, too, the cost is by the flow, whose score is at hand.
+        cost = method.metric.cost(policy.flow_policy, o, a, lambda a: network(o, a), key=key)
         cost = cost + 0.5 * method.damping * eigenvalue * jnp.sum(δ**2)
         return jnp.where(finite, gain, 0), cost
 
@@ -267,7 +262,7 @@ def _update(args, state, key, step):
         def terms_of_one(o, a, b):
             δ, J = method.measure.linearise(policy, lambda a: network(o, a), a)
             terms = method.measure.terms(policy, o, a, δ, J, b)
-            if policy.flow_policy is policy or not method.measure.from_flow:
+            if policy.flow_policy is policy or not method.measure.whole_chain:
                 return terms, jnp.asarray(False)
             # The maps before this one may fold already.
             δ, J = jnp.zeros_like(δ), jnp.zeros_like(J)
@@ -292,29 +287,9 @@ def _update(args, state, key, step):
 
 
 @eqx.filter_jit
-def _final_scale(method, policy, network, observations, key) -> Scalar:
+def _final_scale(method, policy, network, observations, key) -> tuple[Scalar, Reached]:
     o, a, b = _draw(policy, observations, method.num_calibration, key)
-
-    def over_rows(function, *columns):
-        return lax.map(lambda row: function(*row), columns, batch_size=256)
-
-    δ, J = over_rows(
-        lambda o, a: method.measure.linearise(policy, lambda a: network(o, a), a), o, a
-    )
-
-    def measure(scale):
-        def terms(o, a, b, δ, J):
-            return method.measure.terms(policy, o, a, scaled(scale, δ), scaled(scale, J), b)
-
-        terms = over_rows(terms, o, a, b, δ, J)
-        return jnp.mean(terms.kl), jnp.mean(terms.folded)
-
-    one = jnp.ones((), a.dtype)
-    scale, _ = scale_to_radius(
-        measure,
-        method.radius,
-        one,
-        max_folded=method.max_folded,
-        after_others=policy.flow_policy is not policy,
-    )
-    return scale
+    over_rows = over_batch(o)
+    δ, J = linearised_fields(method, policy, lambda o, a: network(o, a), a, over_rows)
+    fields = lambda scale: (scaled(scale, δ), scaled(scale, J))
+    return meet_radius(method, policy, fields, jnp.ones((), a.dtype), (a, b), over_rows)

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -6,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import PRNGKeyArray, ScalarLike
 
 from ..._checks import check_at_least, check_instance, check_positive_integer
 from ..._custom_types import Action, Observation
 from .._score import AbstractScore, PerturbedScore
-from ._cost import AbstractMetric, quadratic_form
+from ._cost import AbstractMetric
 
 
 class AveragedFisher(AbstractMetric):
@@ -24,32 +23,15 @@ class AveragedFisher(AbstractMetric):
     of the Fisher Decorator paper regularises in this way (with another estimate of the score).
     """  # noqa: E501
 
-    score: AbstractScore
-    num_samples: int = eqx.field(static=True)
-    damping: ScalarLike
-    normalise: bool = eqx.field(static=True)
+    score: AbstractScore = PerturbedScore()
+    num_samples: int = eqx.field(static=True, default=8)
+    damping: ScalarLike = 1e-3
+    normalise: bool = eqx.field(static=True, default=True)
 
-    def __init__(
-        self,
-        score: AbstractScore = PerturbedScore(),
-        num_samples: int = 8,
-        damping: ScalarLike = 1e-3,
-        normalise: bool = True,
-    ):
-        r"""**Arguments:**
-
-        - `score`: the estimate of the score.
-        - `num_samples`: the number $K$ of actions drawn at a state.
-        - `damping`: the multiple $\lambda$ of the identity that is added.
-        - `normalise`: whether to divide by the trace. The cost is in nats only without.
-        """
-        check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
-        check_positive_integer("num_samples", num_samples, 8)
-        check_at_least("damping", damping, 0, 1e-3)
-        self.score = score
-        self.num_samples = num_samples
-        self.damping = damping
-        self.normalise = normalise
+    def __check_init__(self):
+        check_instance("score", self.score, AbstractScore, "fisher_flow.PerturbedScore()")
+        check_positive_integer("num_samples", self.num_samples, 8)
+        check_at_least("damping", self.damping, 0, 1e-3)
 
     def operator(
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
@@ -65,14 +47,11 @@ class AveragedFisher(AbstractMetric):
             F = F / jnp.trace(F)
         return lx.MatrixLinearOperator(F.astype(action.dtype), lx.positive_semidefinite_tag)
 
-    def cost(
-        self,
-        policy: Any,
-        observation: Observation,
-        action: Action,
-        displacement: Callable[[Action], Action],
-        *,
-        key: PRNGKeyArray,
-    ) -> Scalar:
-        operator = self.operator(policy, observation, action, key=key)
-        return quadratic_form(operator, displacement(action))
+
+AveragedFisher.__init__.__doc__ = r"""**Arguments:**
+
+- `score`: the estimate of the score.
+- `num_samples`: the number $K$ of actions drawn at a state.
+- `damping`: the multiple $\lambda$ of the identity that is added.
+- `normalise`: whether to divide by the trace. The cost is in nats only without.
+"""

@@ -5,36 +5,21 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
+from equinox import AbstractVar
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from ..._custom_types import Action, Observation
+from ..._linalg import mean_eigenvalue
+from .._score import AbstractScore
 
 
-class AbstractMetric(eqx.Module):
-    r"""Abstract base class for metrics on the actions of a policy: what a displacement costs.
+class AbstractCost(eqx.Module):
+    r"""Abstract base class for what a field of displacements costs.
 
-    A metric $G(a)$ prices a small displacement $\delta$ at $\tfrac12 \delta^\top G \delta$, in nats
-    where it stands for a KL. It is written for one action, and acts on flattened displacements.
+    A cost is written for one action. It is in nats where it predicts a KL.
     """
 
-    @abc.abstractmethod
-    def operator(
-        self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
-    ) -> lx.AbstractLinearOperator:
-        """The metric at an action.
-
-        **Arguments:**
-
-        - `policy`: the flow policy whose geometry is meant.
-        - `observation`: one observation, any PyTree of arrays.
-        - `action`: where to evaluate the metric.
-        - `key`: a `jax.random.key`, for metrics that draw samples.
-
-        **Returns:**
-
-        A symmetric positive semi-definite Lineax operator on vectors of the size of the action,
-        which is the metric for displacements that are the same at every action.
-        """
+    score: AbstractVar[AbstractScore | None]
 
     @abc.abstractmethod
     def cost(
@@ -50,16 +35,68 @@ class AbstractMetric(eqx.Module):
 
         **Arguments:**
 
-        - `policy`, `observation`, `action`, `key`: as for `operator`.
+        - `policy`: the flow policy whose geometry is meant.
+        - `observation`: one observation, any PyTree of arrays.
+        - `action`: where to evaluate the cost.
         - `displacement`: the field $\delta$, a function from an action to its displacement.
+        - `key`: a `jax.random.key`, for costs that draw samples.
 
         **Returns:**
 
-        A scalar: its mean over the actions of the policy is the predicted KL, for the metrics
-        that predict one.
+        A scalar. Its mean over the actions of the policy is the predicted KL, for the costs that
+        predict one.
+        """
+
+    @abc.abstractmethod
+    def mean_eigenvalue(
+        self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
+    ) -> Scalar:
+        """Twice the cost of a displacement of length one that is the same at every action, averaged
+        over its direction. A damping is measured in this unit.
+
+        **Arguments:**
+
+        - `policy`, `observation`, `action`, `key`: as for `cost`.
         """
 
 
-def quadratic_form(operator: lx.AbstractLinearOperator, displacement: Array) -> Scalar:
-    δ: Float[Array, " size"] = displacement.reshape(-1)
-    return 0.5 * jnp.dot(δ, operator.mv(δ))
+class AbstractMetric(AbstractCost):
+    r"""Abstract base class for metrics on the actions of a policy.
+
+    A metric is a cost that depends on the displacement of the action alone, not on the field around
+    it: a metric $G(a)$ prices a small displacement $\delta$ at $\tfrac12 \delta^\top G \delta$. It
+    acts on flattened displacements.
+    """
+
+    @abc.abstractmethod
+    def operator(
+        self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
+    ) -> lx.AbstractLinearOperator:
+        """The metric at an action.
+
+        **Arguments:**
+
+        - `policy`, `observation`, `action`, `key`: as for `cost`.
+
+        **Returns:**
+
+        A symmetric positive semi-definite Lineax operator on vectors of the size of the action.
+        """
+
+    def mean_eigenvalue(
+        self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
+    ) -> Scalar:
+        return mean_eigenvalue(self.operator(policy, observation, action, key=key), action)
+
+    def cost(
+        self,
+        policy: Any,
+        observation: Observation,
+        action: Action,
+        displacement: Callable[[Action], Action],
+        *,
+        key: PRNGKeyArray,
+    ) -> Scalar:
+        δ: Float[Array, " size"] = displacement(action).reshape(-1)
+        operator = self.operator(policy, observation, action, key=key)
+        return 0.5 * jnp.dot(δ, operator.mv(δ))

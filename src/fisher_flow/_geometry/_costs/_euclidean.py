@@ -1,9 +1,9 @@
-from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import PRNGKeyArray, Scalar
+from jaxtyping import PRNGKeyArray
 
 from ..._custom_types import Action, Observation
 from ._cost import AbstractMetric
@@ -27,23 +27,13 @@ class Euclidean(AbstractMetric):
         ```
     """
 
+    score: None = eqx.field(default=None, init=False)  # it needs no score
+
     def operator(
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> lx.AbstractLinearOperator:
         del policy, observation, key
         return lx.DiagonalLinearOperator(jnp.ones(action.size, action.dtype))
-
-    def cost(
-        self,
-        policy: Any,
-        observation: Observation,
-        action: Action,
-        displacement: Callable[[Action], Action],
-        *,
-        key: PRNGKeyArray,
-    ) -> Scalar:
-        del policy, observation, key
-        return 0.5 * jnp.sum(displacement(action) ** 2)
 
 
 Euclidean.__init__.__doc__ = """Takes no arguments."""

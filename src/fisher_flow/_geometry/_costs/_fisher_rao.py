@@ -4,17 +4,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import PRNGKeyArray, Scalar
 
 from ..._checks import check_instance, check_positive_integer
 from ..._custom_types import Action, Observation
 from ..._linalg import dense_limit, rademacher_probes, value_and_jacobian
 from .._score import AbstractScore, PerturbedScore
-from ._cost import AbstractMetric
+from ._cost import AbstractCost
 
 
-class FisherRao(AbstractMetric):
+class FisherRao(AbstractCost):
     r"""The Fisher-Rao length of the change of density that a field of displacements makes,
 
     $$\tfrac12 \bigl(s \cdot \delta + \nabla \cdot \delta\bigr)^2, \qquad
@@ -36,46 +35,22 @@ class FisherRao(AbstractMetric):
     It is a cost of fields, not of single steps: the metric for a trained residual.
     """
 
-    score: AbstractScore
-    num_probes: int | None = eqx.field(static=True)
-    order: int = eqx.field(static=True)
+    score: AbstractScore = PerturbedScore()
+    num_probes: int | None = eqx.field(static=True, default=None)
+    order: int = eqx.field(static=True, default=2)
 
-    def __init__(
-        self,
-        score: AbstractScore = PerturbedScore(),
-        num_probes: int | None = None,
-        order: int = 2,
-    ):
-        r"""**Arguments:**
+    def __check_init__(self):
+        check_instance("score", self.score, AbstractScore, "fisher_flow.PerturbedScore()")
+        if self.num_probes is not None:
+            check_positive_integer("num_probes", self.num_probes, 1)
+        if self.order not in (2, 3):
+            raise ValueError(f"`order` must be 2 or 3, but got `{self.order!r}`. Write `order=2`.")
 
-        - `score`: the estimate of the score.
-        - `num_probes`: the number of Hutchinson probes in each of several independent estimates of
-            the divergence (as many as the order), whose product is an unbiased estimate of its
-            power. By default the divergence is exact for actions of up to 32 entries, with as many
-            forward-mode products of the displacement, and larger ones have one probe in each.
-        - `order`: 2, or 3 to predict larger KLs, at the price of a derivative of the score. From
-            probes that is a polynomial, the terms up to the third order alone, which has no lower
-            bound: a prediction of small KLs, not a loss to train on.
-
-        **Raises:**
-
-        - `ValueError` if an argument is not of its kind.
-        """
-        check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
-        if num_probes is not None:
-            check_positive_integer("num_probes", num_probes, 1)
-        if order not in (2, 3):
-            raise ValueError(f"`order` must be 2 or 3, but got `{order!r}`. Write `order=2`.")
-        self.score = score
-        self.num_probes = num_probes
-        self.order = order
-
-    def operator(
+    def mean_eigenvalue(
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
-    ) -> lx.AbstractLinearOperator:
+    ) -> Scalar:
         del key  # a displacement that is the same at every action has no divergence
-        s = self.score(policy, observation, action).reshape(-1)
-        return lx.MatrixLinearOperator(jnp.outer(s, s), lx.positive_semidefinite_tag)
+        return jnp.mean(self.score(policy, observation, action) ** 2)
 
     def cost(
         self,
@@ -110,6 +85,23 @@ class FisherRao(AbstractMetric):
         w = 0.5 * (jnp.sum(δ * along) - estimates(jax.vmap(push)(pushed)))
         # The same to third order: a power of an estimate would not be unbiased.
         return 0.5 * u1 * u2 + u1 * w[1] + u1 * u2 * u3 / 6
+
+
+FisherRao.__init__.__doc__ = r"""**Arguments:**
+
+- `score`: the estimate of the score.
+- `num_probes`: the number of Hutchinson probes in each of several independent estimates of
+    the divergence (as many as the order), whose product is an unbiased estimate of its
+    power. By default the divergence is exact for actions of up to 32 entries, with as many
+    forward-mode products of the displacement, and larger ones have one probe in each.
+- `order`: 2, or 3 to predict larger KLs, at the price of a derivative of the score. From
+    probes that is a polynomial, the terms up to the third order alone, which has no lower
+    bound: a prediction of small KLs, not a loss to train on.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind.
+"""
 
 
 def _exponential_remainder(v: Scalar) -> Scalar:

@@ -1,17 +1,16 @@
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import PRNGKeyArray, ScalarLike
 
 from ..._checks import check_at_least, check_instance, check_positive_integer
 from ..._custom_types import Action, Observation
 from ..._linalg import dense_limit, KrylovPositivePart, smooth_positive_part, value_and_jacobian
 from .._score import AbstractScore, PerturbedScore
-from ._cost import AbstractMetric, quadratic_form
+from ._cost import AbstractMetric
 
 
 class ObservedInformation(AbstractMetric):
@@ -32,32 +31,15 @@ class ObservedInformation(AbstractMetric):
     at nearly nothing, so a step must be damped, as [`fisher_flow.NaturalStep`][] does.
     """
 
-    score: AbstractScore
-    smoothing: ScalarLike
-    rank: int | None = eqx.field(static=True)
+    score: AbstractScore = PerturbedScore()
+    smoothing: ScalarLike = 0.1
+    rank: int | None = eqx.field(static=True, default=None)
 
-    def __init__(
-        self,
-        score: AbstractScore = PerturbedScore(),
-        smoothing: ScalarLike = 0.1,
-        rank: int | None = None,
-    ):
-        r"""**Arguments:**
-
-        - `score`: the estimate of the score.
-        - `smoothing`: the width of the corner of the positive part
-            $\tfrac12 (\lambda + \sqrt{\lambda^2 + \epsilon^2})$ of an eigenvalue, relative to the
-            information at the action: $\epsilon$ is `smoothing` times the root of
-            $\overline{\lambda^2} + (\|s\|^2 / d)^2$, which does not vanish where the curvature
-            changes its sign. Without it the metric has kinks, at which a transport map folds.
-        """
-        check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
-        check_at_least("smoothing", smoothing, 0, 0.1)
-        if rank is not None:
-            check_positive_integer("rank", rank, 4)
-        self.score = score
-        self.smoothing = smoothing
-        self.rank = rank
+    def __check_init__(self):
+        check_instance("score", self.score, AbstractScore, "fisher_flow.PerturbedScore()")
+        check_at_least("smoothing", self.smoothing, 0, 0.1)
+        if self.rank is not None:
+            check_positive_integer("rank", self.rank, 4)
 
     def operator(
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
@@ -85,14 +67,13 @@ class ObservedInformation(AbstractMetric):
             jax.ShapeDtypeStruct((action.size,), action.dtype),
         )
 
-    def cost(
-        self,
-        policy: Any,
-        observation: Observation,
-        action: Action,
-        displacement: Callable[[Action], Action],
-        *,
-        key: PRNGKeyArray,
-    ) -> Scalar:
-        operator = self.operator(policy, observation, action, key=key)
-        return quadratic_form(operator, displacement(action))
+
+ObservedInformation.__init__.__doc__ = r"""**Arguments:**
+
+- `score`: the estimate of the score.
+- `smoothing`: the width of the corner of the positive part
+    $\tfrac12 (\lambda + \sqrt{\lambda^2 + \epsilon^2})$ of an eigenvalue, relative to the
+    information at the action: $\epsilon$ is `smoothing` times the root of
+    $\overline{\lambda^2} + (\|s\|^2 / d)^2$, which does not vanish where the curvature
+    changes its sign. Without it the metric has kinks, at which a transport map folds.
+"""

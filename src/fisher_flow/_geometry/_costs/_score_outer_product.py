@@ -1,10 +1,9 @@
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import PRNGKeyArray, Scalar
+from jaxtyping import PRNGKeyArray
 
 from ..._checks import check_instance
 from ..._custom_types import Action, Observation
@@ -35,19 +34,11 @@ class ScoreOuterProduct(AbstractMetric):
         ```
     """
 
-    score: AbstractScore
-    normalise: bool = eqx.field(static=True)
+    score: AbstractScore = PerturbedScore()
+    normalise: bool = eqx.field(static=True, default=True)
 
-    def __init__(self, score: AbstractScore = PerturbedScore(), normalise: bool = True):
-        """**Arguments:**
-
-        - `score`: the estimate of the score.
-        - `normalise`: whether to divide by the trace, as the paper does for numerical stability.
-            The cost is in nats only without.
-        """
-        check_instance("score", score, AbstractScore, "fisher_flow.PerturbedScore()")
-        self.score = score
-        self.normalise = normalise
+    def __check_init__(self):
+        check_instance("score", self.score, AbstractScore, "fisher_flow.PerturbedScore()")
 
     def operator(
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
@@ -56,19 +47,6 @@ class ScoreOuterProduct(AbstractMetric):
         s = self._direction(policy, observation, action).reshape(-1)
         return lx.MatrixLinearOperator(jnp.outer(s, s), lx.positive_semidefinite_tag)
 
-    def cost(
-        self,
-        policy: Any,
-        observation: Observation,
-        action: Action,
-        displacement: Callable[[Action], Action],
-        *,
-        key: PRNGKeyArray,
-    ) -> Scalar:
-        del key
-        s = self._direction(policy, observation, action)
-        return 0.5 * jnp.sum(s * displacement(action)) ** 2
-
     def _direction(self, policy, observation, action):
         s = self.score(policy, observation, action)
         if self.normalise:
@@ -76,3 +54,11 @@ class ScoreOuterProduct(AbstractMetric):
             # Where the score vanishes so does the metric; the inner `where` keeps its gradient.
             s = jnp.where(norm2 > 0, s / jnp.sqrt(jnp.where(norm2 > 0, norm2, 1)), 0)
         return s
+
+
+ScoreOuterProduct.__init__.__doc__ = """**Arguments:**
+
+- `score`: the estimate of the score.
+- `normalise`: whether to divide by the trace, as the paper does for numerical stability.
+    The cost is in nats only without.
+"""
