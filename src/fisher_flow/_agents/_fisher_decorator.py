@@ -15,13 +15,13 @@ from .._geometry import (
     AbstractCost,
     AveragedFisher,
     calibrate,
-    CalibratedScore,
     Euclidean,
     FisherRao,
     has_open_score,
     is_open,
     PaperScore,
     ScoreOuterProduct,
+    unsettled_score,
 )
 from .._networks import zero_network
 from .._refinement import BestOf, NetworkDisplacement, RefinedPolicy, Residual
@@ -171,7 +171,7 @@ class FisherDecorator(AbstractAgent):
             Learner.init(residual, self._optimiser()),
             # From a strong penalty down: what strays while the flow is young is slow to come back.
             jnp.zeros((), action.dtype),
-            _with_a_time(self.metric, action.dtype),
+            _with_a_time(self.metric, action),
         )
 
     def settle(
@@ -259,14 +259,7 @@ def _calibrated(metric, policy, observations, key) -> AbstractCost:
     return calibrate(metric, policy, observations, None, key)
 
 
-def _with_a_time(metric: AbstractCost, dtype: Any) -> AbstractCost:
+def _with_a_time(metric: AbstractCost, action: Array) -> AbstractCost:
     """The metric as it is until it is settled, in the shape that it has then."""
-    score = CalibratedScore(
-        time=jnp.asarray(0.9, dtype),
-        order=jnp.asarray(2),
-        relative_error=jnp.asarray(jnp.nan, dtype),
-        times=jnp.zeros(12, dtype),
-        criterion=jnp.zeros((2, 12), dtype),
-        relative_errors=jnp.zeros((2, 12), dtype),
-    )
+    score = unsettled_score(action, action.dtype)
     return jax.tree.map(lambda x: score if is_open(x) else x, metric, is_leaf=is_open)

@@ -218,6 +218,7 @@ class FlowPolicy(AbstractFlowPolicy):
     max_steps: int = eqx.field(static=True)
     bounds: tuple[Any, Any] | TanhBounds | None = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -232,6 +233,7 @@ class FlowPolicy(AbstractFlowPolicy):
         max_steps: int = 4096,
         bounds: Any = None,
         dtype: Any = None,
+        throw: bool = True,
     ):
         """**Arguments:**
 
@@ -256,6 +258,8 @@ class FlowPolicy(AbstractFlowPolicy):
             [`fisher_flow.TanhBounds`][]: the flow is one of unbounded variables.
         - `dtype`: the dtype of the actions. By default that of the arrays in `velocity`, else that
             of the observation, else JAX's default.
+        - `throw`: whether an adaptive solve that does not finish raises an error at run time.
+            Otherwise its result is NaN.
 
         **Raises:**
 
@@ -291,6 +295,7 @@ class FlowPolicy(AbstractFlowPolicy):
         self.max_steps = max_steps
         self.bounds = checked_bounds(bounds, self.action_shape)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
+        self.throw = bool(throw)
 
     @property
     def flow_policy(self) -> "FlowPolicy":
@@ -471,12 +476,14 @@ class FlowPolicy(AbstractFlowPolicy):
             # Rounded steps may leave a sliver at the end; stepping to given times cannot.
             ts = jnp.linspace(t0, t1, self.num_steps + 1, dtype=dtype)
             stepsize_controller, dt0 = EvenSteps(ts), None
+            steps_arrive = True
             max_steps = self.num_steps
             throw = isinstance(solver, diffrax.AbstractImplicitSolver)  # explicit steps arrive
         else:
             dt0 = jnp.asarray(direction / self.num_steps, dtype)
             max_steps = self.max_steps
-            throw = True
+            steps_arrive = False
+            throw = self.throw
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(vector_field),
             solver,
@@ -490,7 +497,11 @@ class FlowPolicy(AbstractFlowPolicy):
             throw=throw,
         )
         assert solution.ys is not None
-        return jax.tree.map(lambda leaf: leaf[0], solution.ys)
+        finished = solution.result == diffrax.RESULTS.successful
+        nan_unless = lambda leaf: (
+            leaf if throw or steps_arrive else jnp.where(finished, leaf, jnp.nan)
+        )
+        return jax.tree.map(lambda leaf: nan_unless(leaf[0]), solution.ys)
 
 
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:

@@ -4,6 +4,13 @@ from ._calibration import (
     CalibratedScore as CalibratedScore,
     has_open_score as has_open_score,
     is_open as is_open,
+    measure_whitening as measure_whitening,
+    unsettled_score as unsettled_score,
+)
+from ._continuous_time import (
+    continuous_flow as continuous_flow,
+    in_continuous_time as in_continuous_time,
+    with_flow as with_flow,
 )
 from ._costs import (
     AbstractCost as AbstractCost,

@@ -70,8 +70,8 @@ class NaturalStep(AbstractRefinement):
             name = type(self.metric).__name__
             raise ValueError(
                 f"`metric` must price single steps, but got `{name}()`, which prices the "
-                "divergence of a field. Write `NaturalStep(metric=ObservedInformation())`, or train with "
-                f"`Residual(metric={name}())`."
+                "divergence of a field. Write `NaturalStep(metric=ObservedInformation())`, or "
+                f"train with `Residual(metric={name}())`."
             )
         example = "fisher_flow.ObservedInformation()"
         check_method(self.metric, AbstractMetric, self.radius, self.measure, example)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._checks import batch_length, check_equal_lengths, check_instance
 from .._custom_types import Critic
 from .._flows import as_flow_policy
-from .._geometry import calibrate
+from .._geometry import calibrate, in_continuous_time, with_flow
 from ._executed_critic import check_critic
 from ._method import AbstractRefinement, method_example
 from ._natural_step import NaturalStep
@@ -105,5 +105,8 @@ def refine(
         check_equal_lengths(observations=observations, actions=actions)
     if observations is not None:
         batch_length("observations", observations)
+        flow = policy.flow_policy
+        policy = in_continuous_time(policy, observations, key=calibration_key)
         method = calibrate(method, policy, observations, actions, calibration_key)
+        return with_flow(method.fit(policy, critic, observations, key=fit_key), flow)
     return method.fit(policy, critic, observations, key=fit_key)

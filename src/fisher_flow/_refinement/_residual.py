@@ -243,7 +243,7 @@ def _update(args, state, key, step):
         gain = jnp.sum(lax.stop_gradient(g / gradient_norm) * δ)
         # After other maps, too, the cost is by the flow, whose score is at hand.
         cost = method.metric.cost(policy.flow_policy, o, a, lambda a: network(o, a), key=key)
-        cost = cost + 0.5 * method.damping * eigenvalue * jnp.sum(δ**2)
+        cost = cost + 0.5 * method.damping * eigenvalue * method.metric.squared_length(δ)
         return jnp.where(finite, gain, 0), cost
 
     @eqx.filter_value_and_grad(has_aux=True)
