@@ -359,9 +359,9 @@ def _choice(
     """The order, less one, and the number of the share of noise to use.
 
     Chance decides which of several nearly equal criteria is the least, and a chance that favours
-    more noise shrinks the score. So the choice is among those that are worse by at most two standard
-    errors of the paired difference: the second order if it is there, and the share that is nearest
-    to one at which the bias is small.
+    more noise shrinks the score. So the choice is among those that are worse by at most two
+    standard errors of the paired difference: the second order if it is there, and the share that is
+    nearest to one at which the bias is small.
     """
     known = jnp.where(jnp.isfinite(criterion), criterion, jnp.inf)
     best = jnp.unravel_index(jnp.argmin(known), known.shape)

@@ -88,7 +88,7 @@ def whiten_samples(
     # first: a factorisation keeps digits relative to the largest of them.
     order = jnp.argsort(-scale)
     Z = jnp.where(varies, samples / safe, 0)[:, order] / n**0.5
-    R = jnp.linalg.qr(Z, mode="r")
+    R: Array = jnp.linalg.qr(Z, mode="r")  # pyright: ignore
     R = jnp.sign(jnp.where(jnp.diagonal(R) == 0, 1, jnp.diagonal(R)))[:, None] * R
     used = jnp.diagonal(R) > ε
     # Directions in which the others already tell all stay out of both factors.

@@ -51,7 +51,7 @@ class AbstractCost(eqx.Module):
     def mean_eigenvalue(
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> Scalar:
-        """Twice the cost of a displacement of `squared_length` one that is the same at every action,
+        """Twice the cost of a displacement of `squared_length` one, the same at every action,
         averaged over its direction. A damping is measured in this unit.
 
         **Arguments:**
