@@ -139,7 +139,7 @@ def _relabel(
     except ImportError as error:
         raise ImportError(
             f"The rewards of `{env_name}` need OGBench, which is not installed "
-            f'({error}). Write `pip install "fisher_flow[data]"`.'
+            f'({error}). Write `pip install "fisher_flow[data]"`, on Python 3.12 or older.'
         ) from error
     env = gymnasium.make(env_name, disable_env_checker=True)
     try:
