@@ -23,9 +23,9 @@ root = Path(__file__).parent.parent
 
 
 def needs_ogbench(test):
-    """Its environments warn while they are made, and on Python 3.13 it does not install."""
+    """On Python 3.13 it must be installed by hand; its environments warn while they are made."""
     missing = importlib.util.find_spec("ogbench") is None
-    test = pytest.mark.skipif(missing, reason="OGBench does not install on Python 3.13")(test)
+    test = pytest.mark.skipif(missing, reason="On Python 3.13, OGBench is not installed")(test)
     return pytest.mark.filterwarnings("ignore:.*precision lowered by casting:UserWarning")(test)
 
 
