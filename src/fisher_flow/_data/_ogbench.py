@@ -139,7 +139,8 @@ def _relabel(
     except ImportError as error:
         raise ImportError(
             f"The rewards of `{env_name}` need OGBench, which is not installed "
-            f'({error}). Write `pip install "fisher_flow[data]"`.'
+            f'({error}). Write `pip install "fisher_flow[data]"`, or on Python '
+            "3.13 `pip install dm-env lxml && pip install --no-deps ogbench==1.2.2 dm_control`."
         ) from error
     env = gymnasium.make(env_name, disable_env_checker=True)
     try:
