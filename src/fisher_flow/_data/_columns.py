@@ -54,7 +54,7 @@ def as_column(name: str, value: Any) -> Data:
         if column.dtype.kind == "O":
             column = _frame(value, column)
     dtype = column.dtype
-    if not (dtype.kind == "b" or jnp.issubdtype(dtype, np.number)) or dtype.kind == "c":
+    if getattr(dtype, "kind", "key") not in "biuf" and not jnp.issubdtype(dtype, np.floating):
         raise ValueError(
             f"`{name}` must be an array of real numbers, but got {_arrived(value, column)}. "
             f"{_advice(name, value, column)}"
@@ -112,14 +112,15 @@ def _arrived(value: Any, column: Data) -> str:
         return f"`{short(value)}` of type `{type(value).__name__}`"
     kinds = {"O": "Python objects", "U": "strings", "S": "bytes", "V": "records"}
     dtype = column.dtype
-    what = kinds.get(dtype.kind, f"dtype {dtype}")
-    if dtype.kind == "O" and column.size > 0:
+    kind = getattr(dtype, "kind", "key")  # that of random keys has none
+    what = kinds.get(kind, f"dtype {dtype}")
+    if kind == "O" and column.size > 0:
         what += f" such as `{short(column.reshape(-1)[0])}`"
     return f"{what} in shape {column.shape}"
 
 
 def _advice(name: str, value: Any, column: Data) -> str:
-    kind = column.dtype.kind
+    kind = getattr(column.dtype, "kind", "key")
     if column.ndim == 0:
         return _advice_of_type(name, value)
     if kind == "O":
@@ -144,6 +145,8 @@ def _advice(name: str, value: Any, column: Data) -> str:
         return f"Write seconds: `{name}=({since} / {unit}).astype(np.float32)`."
     if kind == "c":
         return f"Write `{name}=np.stack([{name}.real, {name}.imag], axis=-1)`."
+    if kind == "key":
+        return "Leave random keys out of the data."
     if kind == "V" and column.dtype.names:
         return (
             f"Write `{name}=np.stack([{name}[field] for field in {name}.dtype.names], axis=-1)`, "
