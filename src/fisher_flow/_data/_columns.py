@@ -179,14 +179,6 @@ def read_columns(
     """The columns of an open file, checked for names, lengths and numbers that are not finite."""
     missing = [name for name in required if name not in file]
     if missing:
-        links = [name for name in missing if name in list(file)]  # of HDF5, to nothing
-        if links:
-            link: Any = file.get(links[0], getlink=True)  # pyright: ignore[reportCallIssue]
-            target = f"`{link.path}`" + (f" of `{link.filename}`" if _is_external(link) else "")
-            raise ValueError(
-                f"`{links[0]}` of `{path}` is a link to {target}, which cannot be read. Put what "
-                f"it links to there, or write the column itself: `file[{links[0]!r}] = column`."
-            )
         raise ValueError(
             f"`{path}` must have the keys {', '.join(required)}, but {', '.join(missing)} is "
             f"missing: it has {', '.join(sorted(file)) or 'none'}. Rename the columns, such as "
@@ -207,8 +199,13 @@ def read_columns(
     return columns
 
 
-def _is_external(link: Any) -> bool:
-    return hasattr(link, "filename")
+def _link(file: Any, name: str) -> str | None:
+    """Where a name of an HDF5 file links to."""
+    link = file.get(name, getlink=True) if hasattr(file, "id") else None
+    if not hasattr(link, "path"):
+        return None
+    source = f" of `{link.filename}`" if hasattr(link, "filename") else ""
+    return f"`{link.path}`{source}"
 
 
 def _read(path: Path, file: Mapping[str, Any], name: str) -> np.ndarray:
@@ -225,6 +222,12 @@ def _read(path: Path, file: Mapping[str, Any], name: str) -> np.ndarray:
     except _DAMAGE as error:
         if isinstance(error, ValueError) and str(error).startswith(f"`{name}`"):
             raise
+        link = _link(file, name)
+        if link is not None:
+            raise ValueError(
+                f"`{name}` of `{path}` is a link to {link}, which cannot be read. Put what it "
+                f"links to there, or write the column itself: `file[{name!r}] = column`."
+            ) from error
         if "pickle" in str(error):
             raise ValueError(
                 f"`{name}` of `{path}` holds Python objects, which only pickle reads, and pickle "
@@ -239,7 +242,10 @@ def _read(path: Path, file: Mapping[str, Any], name: str) -> np.ndarray:
     try:
         return np.asarray(as_column(name, column))
     except ValueError as error:
-        raise ValueError(f"{error} This is the column of `{path}`; write the file again.") from None
+        raise ValueError(
+            f"{error} The column is one of `{path}`; write that file again, such as "
+            f"`file[{name!r}] = {name}`."
+        ) from error
 
 
 def check_finite(name: str, column: PyTree[Any], source: str = "") -> None:

@@ -108,7 +108,7 @@ def load_minari(
     least, most = float(all_actions.min()), float(all_actions.max())
     low, high = _checked_bounds(bounds, all_actions.shape[1:])
     space = dataset.action_space
-    if np.ptp(low) == 0 and np.ptp(high) == 0:
+    if np.all(low == low.flat[0]) and np.all(high == high.flat[0]):
         fix = f"`bounds=({least:.4g}, {most:.4g})`, and the same for the agent"
     else:
         fix = "`bounds=dataset.action_space`, if the actions lie within that"

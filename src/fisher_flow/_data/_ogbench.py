@@ -215,7 +215,8 @@ def _read(path: Path, required: list[str], relabel: Any) -> dict[str, Any]:
         raise ValueError(
             f"`terminals` of `{path}` must leave a row that leads to another, but all "
             f"{len(columns['terminals'])} rows are the last of their trajectory. Mark the last row "
-            "of each trajectory only: `terminals = np.arange(len(observations)) % 1001 == 1000`."
+            "of each trajectory only, and write the file again: "
+            "`terminals = np.arange(len(observations)) % 1001 == 1000`."
         )
     rewards, masks = relabel(path, rows)
     names = ("observations", "actions", "next_observations", "next_actions", "ends")
