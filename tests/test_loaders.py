@@ -521,8 +521,32 @@ def test_an_hdf5_file_that_was_cut_is_named(tmp_path, share):
     path = write_hdf5(tmp_path / "cut.hdf5", steps(observations=np.zeros((10, 500))))
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(ValueError, match=r"cut.hdf5.*in part only.*load_d4rl"):
+    with pytest.raises(ValueError, match=r"cut.hdf5.*HDF5 file.*in part only"):
         ff.load_d4rl(path)
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "npz"])
+def test_whatever_is_damaged_is_named(tmp_path, kind):
+    """A bit, some bits or the end of a file."""
+    rng = np.random.default_rng(0)
+    if kind == "hdf5":
+        path = write_hdf5(tmp_path / "damaged.hdf5", steps())
+        load = lambda: ff.load_d4rl(path)
+    else:
+        path = write(tmp_path, play(), "damaged-v0") / "damaged-v0.npz"
+        load = lambda: ff.load_ogbench("damaged-v0", tmp_path)
+    good, refused = path.read_bytes(), 0
+    for trial in range(60):
+        data = bytearray(good)
+        for place in rng.integers(0, len(data), (0, 1, 30)[trial % 3]):
+            data[place] ^= 1 << rng.integers(8)
+        path.write_bytes(data if trial % 3 else data[: rng.integers(len(data))])
+        try:
+            load()
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error) and "`" in str(error).rpartition(". ")[2]
+    assert refused > 20
 
 
 def test_links_of_hdf5_that_lead_somewhere_are_followed(tmp_path):

@@ -369,8 +369,8 @@ def ragged(sizes):
     return column
 
 
-def many(convert):
-    o = np.zeros((9, 2))
+def many(convert, rows=9):
+    o = np.zeros((rows, 2))
     return ff.Transitions(convert(o), o, o[:, 0], o[:, 0], o)
 
 
@@ -410,6 +410,8 @@ def many(convert):
         (lambda: columns_of(jax.random.split(jax.random.key(0), 4)), r"got dtype key<fry>"),
         (lambda: columns_of([[1.0, 2.0], [1.0]] * 2), r"NumPy makes none.*Give all rows one shape"),
         (lambda: columns_of({1.0, 2.0}), r"of type `set`.*np.stack\(list"),
+        (lambda: columns_of(["go", "stop"] * 2), r"`observations` .* strings.*np.unique"),
+        (lambda: columns_of({"a": np.ones(4), 1: np.ones(4)}), r"keys of one type.*str\(key\)"),
         (lambda: columns_of({"arm": object()}), r"`observations\['arm'\]`.*type `object`"),
         (
             lambda: columns_of(np.ma.masked_array(np.ones(4), [0, 1, 0, 0])),
@@ -426,6 +428,7 @@ def many(convert):
             lambda: many(lambda o: list(o)),
             r"a list of 9 arrays, one for each row.*np.stack\(obs",
         ),
+        (lambda: many(tuple, 3), r"a list of 3 arrays, one for each row"),
         (
             lambda: many(lambda o: [{"x": x} for x in o]),
             r"a list of 9 dictionaries.*jax.tree.map",

@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +71,27 @@ def as_column(name: str, value: Any) -> Data:
 def as_columns(name: str, tree: PyTree[Any]) -> PyTree[Data]:
     """A PyTree of columns, in which every mapping is a dictionary. Lists of plain numbers, and
     lists of such lists, are columns too."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: as_column(name + jax.tree_util.keystr(path), leaf),
-        plain(tree),
-        is_leaf=_holds_numbers,
-    )
+    try:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: as_column(name + jax.tree_util.keystr(path), leaf),
+            plain(tree),
+            is_leaf=_holds_scalars,
+        )
+    except ValueError as error:
+        if "dictionary keys" not in str(error):
+            raise
+        raise ValueError(
+            f"`{name}` must have keys of one type in each dictionary, since JAX sorts them, but "
+            f"got `{short(tree)}`. Write strings: `{{str(key): x for key, x in {name}.items()}}`."
+        ) from error
 
 
-def _holds_numbers(node: Any) -> bool:
+def _holds_scalars(node: Any) -> bool:
     if type(node) not in (list, tuple) or len(node) == 0:
         return False
-    if all(isinstance(x, bool | int | float | np.number | np.bool_) for x in node):
+    if all(isinstance(x, bool | int | float | str | bytes | np.generic) for x in node):
         return True
-    return type(node) is list and all(map(_holds_numbers, node))
+    return type(node) is list and all(map(_holds_scalars, node))
 
 
 def _frame(value: Any, column: np.ndarray) -> np.ndarray:
@@ -163,6 +171,8 @@ def _advice_of_type(name: str, value: Any) -> str:
         return f"Write `{name}={name}.detach().cpu().numpy()`."
     if hasattr(value, "__next__") or isinstance(value, set | frozenset):
         return f"Write `{name}=np.stack(list({name}))`."
+    if hasattr(value, "toarray"):
+        return f"Write `{name}={name}.toarray()`."
     if hasattr(value, "collect"):
         return f"Write `{name}={name}.collect()`."
     if isinstance(value, list | tuple):
@@ -173,18 +183,33 @@ def _advice_of_type(name: str, value: Any) -> str:
     return f"Write `{name}=np.asarray({name}, np.float32)`, or a dictionary of such arrays."
 
 
+def open_whole(path: Path, kind: str, open_file: Callable[[Path], Any]) -> Any:
+    """An open file, or an error that names it."""
+    try:
+        return open_file(path)
+    except _DAMAGE as error:
+        fix = "an HDF5 file in the layout of D4RL write `load_d4rl(path)`"
+        if kind == "HDF5":
+            fix = "an .npz file of OGBench write `load_ogbench(name, folder)`"
+        raise ValueError(
+            f"`{path}` must be an {kind} file, but is not, or was copied in part only "
+            f"({short(str(error))}). Copy it again; for {fix}."
+        ) from error
+
+
 def read_columns(
     path: Path, file: Mapping[str, Any], required: Collection[str], optional: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
     """The columns of an open file, checked for names, lengths and numbers that are not finite."""
-    missing = [name for name in required if name not in file]
+    there = open_whole(path, "HDF5" if hasattr(file, "id") else ".npz", lambda _: [*file])
+    missing = [name for name in required if name not in there]
     if missing:
         raise ValueError(
             f"`{path}` must have the keys {', '.join(required)}, but {', '.join(missing)} is "
-            f"missing: it has {', '.join(sorted(file)) or 'none'}. Rename the columns, such as "
+            f"missing: it has {', '.join(sorted(there)) or 'none'}. Rename the columns, such as "
             f"`file[{missing[0]!r}] = file.pop(name)`, and write the file again."
         )
-    names = [*required, *(name for name in optional if name in file)]
+    names = [*required, *(name for name in optional if name in there)]
     columns = {name: _read(path, file, name) for name in names}
     lengths = {name: len(column) if column.ndim else 0 for name, column in columns.items()}
     shortest = min(lengths.values())
@@ -201,7 +226,10 @@ def read_columns(
 
 def _link(file: Any, name: str) -> str | None:
     """Where a name of an HDF5 file links to."""
-    link = file.get(name, getlink=True) if hasattr(file, "id") else None
+    try:
+        link = file.get(name, getlink=True) if hasattr(file, "id") else None
+    except _DAMAGE:
+        return None
     if not hasattr(link, "path"):
         return None
     source = f" of `{link.filename}`" if hasattr(link, "filename") else ""

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ._columns import check_actions, check_ends, check_flags, read_columns, single_precision
+from ._columns import (
+    check_actions,
+    check_ends,
+    check_flags,
+    open_whole,
+    read_columns,
+    single_precision,
+)
 from ._transitions import Transitions
 
 
@@ -78,20 +85,7 @@ def load_d4rl(
             f"The file `{path}` is missing. Put an HDF5 file in the layout of D4RL there, or make "
             f"one: `python examples/make_data.py {task} --out {path.parent}`."
         )
-    if not h5py.is_hdf5(path):
-        raise ValueError(
-            f"`path={str(path)!r}` must be an HDF5 file, but is not, or was copied in part only. "
-            "For a file of OGBench write `load_ogbench(name, folder)`."
-        )
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(
-            f"`path={str(path)!r}` must be a whole HDF5 file, but cannot be opened ({error}): it "
-            "was copied in part only, or another program writes to it. Copy it again, and write "
-            f"`load_d4rl({str(path)!r})`."
-        ) from error
-    with file:
+    with open_whole(path, "HDF5", lambda path: h5py.File(path, "r")) as file:
         required = ("observations", "actions", "rewards", "terminals")
         columns = read_columns(path, file, required, ("timeouts",))
 

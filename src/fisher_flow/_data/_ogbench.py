@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._checks import short
-from ._columns import check_actions, check_ends, check_flags, read_columns
+from ._columns import check_actions, check_ends, check_flags, open_whole, read_columns
 from ._transitions import Transitions
 
 
@@ -184,12 +184,7 @@ def _chosen(
 
 def _read(path: Path, required: list[str], relabel: Any) -> dict[str, Any]:
     """The columns of the transitions of a file."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"`{path}` must be an .npz file, but is not, or was copied in part only. Copy it "
-            "again; for an HDF5 file in the layout of D4RL write `load_d4rl(path)`."
-        )
-    with np.load(path, allow_pickle=False) as file:
+    with open_whole(path, ".npz", _open) as file:
         columns = read_columns(path, file, required, ("valids",))
 
     check_actions(
@@ -223,6 +218,12 @@ def _read(path: Path, required: list[str], relabel: Any) -> dict[str, Any]:
     return {name: rows[name] for name in names} | {"rewards": rewards, "masks": masks}
 
 
+def _open(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
+        raise ValueError("not a ZIP archive")
+    return np.load(path, allow_pickle=False)
+
+
 def _read_shards(paths: list[Path], required: list[str], relabel: Any) -> dict[str, Any]:
     """The columns of the transitions of all shards, one of which is in memory beside them."""
     room = sum(_length(path) for path in paths)
@@ -250,7 +251,7 @@ def _read_shards(paths: list[Path], required: list[str], relabel: Any) -> dict[s
 def _length(path: Path) -> int:
     """The number of rows of a shard, by its smallest column; `_read` says what is wrong with it."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with _open(path) as file:
             return len(file["terminals"])
     except Exception:
         _read(path, ["observations", "actions", "terminals"], _goal_free)

@@ -15,6 +15,7 @@ from .._checks import (
     short,
 )
 from .._custom_types import Data
+from .._trees import plain
 from ._columns import as_column, as_columns, check_finite
 
 
@@ -524,14 +525,16 @@ def _flags(name: str, column: Any) -> Data:
 def _observations(name: str, tree: PyTree[Any], rows: int) -> PyTree[Any]:
     """The columns of observations. Refuses a list with an observation for each row, which would be
     taken for as many columns."""
-    if type(tree) in (list, tuple) and len(tree) == rows > 8:
-        if all(isinstance(row, Mapping) for row in tree):
+    if type(tree) in (list, tuple) and len(tree) == rows:
+        leaves = [leaf for leaf in jax.tree.leaves(plain(tree)) if hasattr(leaf, "shape")]
+        by_row = any(np.shape(leaf)[:1] != (rows,) for leaf in leaves)
+        if by_row and all(isinstance(row, Mapping) for row in tree):
             raise ValueError(
                 f"`{name}` must be a PyTree of columns with {rows} rows each, but got a list of "
                 f"{rows} dictionaries, one for each row. Write "
                 f"`{name}=jax.tree.map(lambda *rows: np.stack(rows), *{name})`."
             )
-        if all(hasattr(row, "shape") for row in tree) and len({np.shape(row) for row in tree}) == 1:
+        if by_row and all(hasattr(row, "shape") and np.ndim(row) > 0 for row in tree):
             raise ValueError(
                 f"`{name}` must be a PyTree of columns with {rows} rows each, but got a list of "
                 f"{rows} arrays, one for each row. Write `{name}=np.stack({name})`."
