@@ -134,7 +134,8 @@ def check_batch_of_actions(actions: Any, action_shape: tuple[int, ...]) -> None:
 
 def is_ogbench(task: str) -> bool:
     """Whether a task has a name of OGBench's that D4RL does not use."""
-    return not {"singletask", "navigate", "stitch", "explore"}.isdisjoint(task.split("-"))
+    words = {"singletask", "oraclerep", "navigate", "stitch", "explore"}
+    return not words.isdisjoint(task.split("-"))
 
 
 def checked_shape(action_shape: Any) -> tuple[int, ...]:

@@ -85,8 +85,8 @@ class BehaviourFlow(eqx.Module):
         @eqx.filter_value_and_grad
         def loss_and_gradient(field):
             policy = self.policy(Learner(field, None))
-            losses = jax.vmap(lambda o, a, key: flow_matching_loss(policy, o, a, key=key))(
-                batch.observations, batch.actions, keys
+            losses = jax.vmap(lambda o, a, m, key: flow_matching_loss(policy, o, a, m, key=key))(
+                batch.observations, batch.actions, batch.action_masks, keys
             )
             return jnp.mean(losses)
 

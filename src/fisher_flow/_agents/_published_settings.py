@@ -175,7 +175,8 @@ def published_settings(task: str) -> PublishedSettings:
     if len(names) == 0:
         example = "FisherDecorator(radius=0.5, critic=TemporalDifference(discount=0.99))"
         if not single_task and any(task.startswith(name) for name in _ogbench):
-            example = f"published_settings({'-'.join([*words[:-1], 'singletask', words[-1]])!r})"
+            kept = [word for word in words[:-1] if word != "oraclerep"]
+            example = f"published_settings({'-'.join([*kept, 'singletask', words[-1]])!r})"
         raise ValueError(
             "`task` must be a single task of OGBench or a task of D4RL with published settings, "
             f"from {', '.join(_ogbench)} or {', '.join(_d4rl)}, but got `{task!r}`. Write "

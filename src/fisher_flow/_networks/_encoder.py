@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._checks import check_instance
 from .._custom_types import Observation
 from .._images import refuse_images
-from .._trees import ravel_inputs
+from .._trees import plain, ravel_inputs
 
 
 # `network(observation) -> vector`
@@ -51,10 +51,10 @@ def make_encoder(
         return None, ravel_inputs(observation).size, key
     check_instance("encoder", encoder, AbstractEncoder, "fisher_flow.ImpalaEncoder()")
     encoder_key, key = jr.split(key)
-    network = encoder.init(observation, dtype=dtype, key=encoder_key)
-    return network, eqx.filter_eval_shape(network, observation).size, key
+    network = encoder.init(plain(observation), dtype=dtype, key=encoder_key)
+    return network, eqx.filter_eval_shape(network, plain(observation)).size, key
 
 
 def encode(encoder: Any, observation: PyTree[Any]) -> PyTree[Any]:
     """What a network sees of an observation: all of it, unless it has an encoder."""
-    return observation if encoder is None else encoder(observation)
+    return observation if encoder is None else encoder(plain(observation))
