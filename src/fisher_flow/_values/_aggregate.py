@@ -28,15 +28,10 @@ class LowerConfidenceBound(eqx.Module):
         ```
     """
 
-    scale: ScalarLike
+    scale: ScalarLike = 1.0
 
-    def __init__(self, scale: ScalarLike = 1.0):
-        """**Arguments:**
-
-        - `scale`: the multiple $c$ of the standard deviation.
-        """
-        check_at_least("scale", scale, 0, 1.0)
-        self.scale = scale
+    def __check_init__(self):
+        check_at_least("scale", self.scale, 0, 1.0)
 
     def __call__(self, values: Float[Array, " members"]) -> Scalar:
         """The bound, a scalar in the units of the values."""
@@ -46,6 +41,12 @@ class LowerConfidenceBound(eqx.Module):
         safe = jnp.where(variance > 0, variance, 1)
         deviation = jnp.where(variance > 0, jnp.sqrt(safe), 0)
         return mean - jnp.asarray(self.scale, values.dtype) * deviation
+
+
+LowerConfidenceBound.__init__.__doc__ = """**Arguments:**
+
+- `scale`: the multiple $c$ of the standard deviation.
+"""
 
 
 class Ensemble(eqx.Module):

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,25 +9,22 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._checks import check_at_least, check_discount, check_positive_integer
+from .._checks import check_positive_integer
 from .._custom_types import Action, Data, Observation
 from .._networks import AbstractEncoder, encode, EncoderNetwork, make_encoder, QNetwork
 from .._trees import ravel_inputs
-from ._critic_learning import AbstractCriticLearning, check_aggregate
+from ._critic_learning import AbstractCriticLearning, check_members
+from ._network_ensemble import AbstractNetworkEnsemble, make_members
 
 
-class FlowEnsemble(eqx.Module):
+class FlowEnsemble(AbstractNetworkEnsemble):
     """Several flows from noise to returns; the critic of [`fisher_flow.ValueFlow`][]."""
 
-    members: QNetwork  # every array in it has a leading axis, one entry a member
-    encoder: EncoderNetwork | None  # one for all members
+    members: QNetwork
+    encoder: EncoderNetwork | None
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_nodes: int = eqx.field(static=True)
-
-    def __call__(self, observation: Observation, action: Action) -> Scalar:
-        """The value of an action, a scalar in the units of the rewards."""
-        return self.aggregate(self.values(observation, action))
 
     def values(self, observation: Observation, action: Action) -> Float[Array, " members"]:
         """The mean return of an action by each member."""
@@ -97,60 +95,29 @@ class ValueFlow(AbstractCriticLearning):
         ```
     """
 
-    num_steps: int = eqx.field(static=True)
-    num_nodes: int = eqx.field(static=True)
-    num_members: int = eqx.field(static=True)
-    width_size: int = eqx.field(static=True)
-    depth: int = eqx.field(static=True)
-    aggregate: Callable[[Array], Array] = eqx.field(static=True)
-    encoder: AbstractEncoder | None
-    discount: ScalarLike
-    target_rate: ScalarLike
+    _: dataclasses.KW_ONLY
+    num_steps: int = eqx.field(default=8, static=True)
+    num_nodes: int = eqx.field(default=4, static=True)
+    num_members: int = eqx.field(default=2, static=True)
+    width_size: int = eqx.field(default=512, static=True)
+    depth: int = eqx.field(default=4, static=True)
+    aggregate: Callable[[Array], Array] = eqx.field(default=jnp.mean, static=True)
+    encoder: AbstractEncoder | None = None
+    discount: ScalarLike = 0.99
+    target_rate: ScalarLike = 0.005
 
-    def __init__(
-        self,
-        *,
-        num_steps: int = 8,
-        num_nodes: int = 4,
-        num_members: int = 2,
-        width_size: int = 512,
-        depth: int = 4,
-        aggregate: Callable[[Array], Array] = jnp.mean,
-        encoder: AbstractEncoder | None = None,
-        discount: ScalarLike = 0.99,
-        target_rate: ScalarLike = 0.005,
-    ):
-        r"""**Arguments:**
-
-        - `num_steps`: the number of Euler steps from noise to a return.
-        - `num_nodes`: the number of nodes of the quadrature over the noise.
-        - the others: as of [`fisher_flow.TemporalDifference`][].
-        """
-        check_positive_integer("num_steps", num_steps, 8)
-        check_positive_integer("num_nodes", num_nodes, 4)
-        self.num_steps = num_steps
-        self.num_nodes = num_nodes
-        check_positive_integer("num_members", num_members, 2)
-        check_positive_integer("width_size", width_size, 512)
-        check_positive_integer("depth", depth, 4)
-        check_discount(discount)
-        check_aggregate(aggregate)
-        check_at_least("target_rate", target_rate, 0, 0.005, maximum=1)
-        self.num_members = num_members
-        self.width_size = width_size
-        self.depth = depth
-        self.aggregate = aggregate
-        self.encoder = encoder
-        self.discount = discount
-        self.target_rate = target_rate
+    def __check_init__(self):
+        check_positive_integer("num_steps", self.num_steps, 8)
+        check_positive_integer("num_nodes", self.num_nodes, 4)
+        check_members(self)
 
     def init(self, observation: Observation, action: Action, *, key: PRNGKeyArray) -> FlowEnsemble:
         example = "ValueFlow(encoder=fisher_flow.ImpalaEncoder())"
         network, size, key = make_encoder(self.encoder, observation, action.dtype, key, example)
-        size += action.size + 2
-        members = eqx.filter_vmap(
-            lambda key: QNetwork(size, self.width_size, self.depth, action.dtype, key)
-        )(jr.split(key, self.num_members))
+        size += action.size + 2  # for the point and the time
+        members = make_members(
+            self.num_members, size, self.width_size, self.depth, action.dtype, key
+        )
         return FlowEnsemble(members, network, self.aggregate, self.num_steps, self.num_nodes)
 
     def next_values(
@@ -191,3 +158,11 @@ class ValueFlow(AbstractCriticLearning):
             observations, a
         )
         return loss, {"critic_loss": loss, "q_mean": jnp.mean(means), "q_max": jnp.max(means)}
+
+
+ValueFlow.__init__.__doc__ = r"""**Arguments:**
+
+- `num_steps`: the number of Euler steps from noise to a return.
+- `num_nodes`: the number of nodes of the quadrature over the noise.
+- the others: as of [`fisher_flow.TemporalDifference`][].
+"""
