@@ -15,11 +15,17 @@ from jax import lax
 from jaxtyping import PRNGKeyArray
 
 from .._data import is_mapped, Transitions
-from ._sampling import BlockSampling, keys_of_update, uniform_rows, UniformSampling
+from ._sampling import (
+    BalancedSampling,
+    BlockSampling,
+    keys_of_update,
+    uniform_rows,
+    UniformSampling,
+)
 
 
 # The number of updates by which a piece is used up, and where their batches come from.
-Piece = tuple[int, UniformSampling | BlockSampling]
+Piece = tuple[int, UniformSampling | BlockSampling | BalancedSampling]
 
 
 _BLOCK_SIZE = 2**23  # bytes: small beside any memory, large beside what starting a program costs

@@ -12,6 +12,11 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from .._data import Transitions
 
 
+def key_of_updates() -> PRNGKeyArray:
+    """What the key of every update is folded from, by the number of the update."""
+    return jr.key(1)
+
+
 def keys_of_update(key: PRNGKeyArray, seed: Any) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
     """Keys for the rows of the batch of an update, for the update itself and for what is done to
     the batch in between, of the training with a seed, by the key of the update."""
