@@ -72,7 +72,7 @@ def test_other_numbers_do_not_compile_anew(standard_promotion):
         3, 1, width_size=4, depth=1, aggregate=counted, dtype=jnp.float32, key=jr.key(0)
     )
 
-    def fit(**numbers):
+    def fit(**numbers: Any):
         options: dict[str, Any] = dict(num_updates=2, batch_size=2, progress=False, key=jr.key(0))
         return ff.fit_critic(critic, o, a, r, o, a, r, **numbers, **options)
 
@@ -86,5 +86,6 @@ def test_other_numbers_do_not_compile_anew(standard_promotion):
 def test_numbers_are_checked(name):
     critic = ff.QEnsemble(1, 1, width_size=4, depth=1, key=jr.key(0))
     rows, column = jnp.ones((2, 1)), jnp.ones(2)
+    options: dict[str, Any] = {name: -0.5}
     with pytest.raises(ValueError, match=f"`{name}` must be .*-0.5.*`{name}=0"):
-        ff.fit_critic(critic, rows, rows, column, rows, rows, column, **{name: -0.5}, key=jr.key(0))
+        ff.fit_critic(critic, rows, rows, column, rows, rows, column, **options, key=jr.key(0))

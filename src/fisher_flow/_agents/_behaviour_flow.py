@@ -77,7 +77,7 @@ BehaviourFlow.__init__.__doc__ = """**Arguments:**
 - `num_steps`: the number of Euler steps of a sample.
 - `bounds`: the bounds of the actions. Rescale an environment whose bounds differ from
     entry to entry, with `gymnasium.wrappers.RescaleAction`.
-- `encoder`: what the velocity field sees images through, such as
+- `encoder`: what turns images into features for the velocity field, such as
     [`fisher_flow.ImpalaEncoder`][].
 - `learning_rate`: the rate of Adam.
 """

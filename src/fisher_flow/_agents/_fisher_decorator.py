@@ -60,8 +60,8 @@ class FisherDecorator(AbstractAgent):
 
     ??? cite "Reference"
 
-        The method is that of the paper; the cost divided by its radius, and so a multiplier that
-        does not depend on the scale of either, is ours.
+        The method is the one of the paper. This library divides the cost by its radius, so that
+        the multiplier does not depend on the scale of either.
 
         ```bibtex
         @article{cheng2026fisher,
@@ -101,7 +101,8 @@ class FisherDecorator(AbstractAgent):
         radius: ScalarLike = 0.001, num_samples: int = 4, **options: Any
     ) -> "FisherDecorator":
         """As in the authors' released code: the Fisher matrix of a state, averaged over samples,
-        damped and divided by its trace. The score is the paper's; that of the code is none."""
+        damped and divided by its trace. The score is the one of the paper, since what the code
+        uses in its place is not a score."""
         metric = AveragedFisher(PaperScore(0.8), num_samples)
         return FisherDecorator(metric, radius, **{"num_candidates": 1, **options})
 
@@ -216,15 +217,14 @@ FisherDecorator.__init__.__doc__ = r"""**Arguments:**
 
 **Other arguments:**
 
-- `flow`: the behaviour flow. Its widths and encoder are those of the residual too.
+- `flow`: the behaviour flow. The residual has the same widths and an encoder of the same kind.
 - `critic`: how the critic is made and learned.
-- `from_data`: whether the residual is trained on the actions of the data, which are
-    samples of the behaviour policy too, instead of samples of the flow. That saves both
-    rollouts of an update.
-- `num_candidates`: the number of refined actions of which the best by the critic is taken
-    when the policy acts: no local map can change mode. It spends at most
-    [`BestOf.kl_bound`][fisher_flow.BestOf] more. Of the tasks that were measured, more than
-    two gained on HalfCheetah, lost much on cube-single and little on Pendulum.
+- `from_data`: whether the residual is trained on the actions of the data instead of samples of the
+    flow. They are samples of the behaviour policy too. That saves both rollouts of an update.
+- `num_candidates`: the number of refined actions that the policy draws when it acts. It takes the
+    best of them by the critic, since a local map cannot move an action from one mode (a peak of the
+    density) to another. That spends at most [`BestOf.kl_bound`][fisher_flow.BestOf] more. More than
+    two gained return on HalfCheetah, lost much on cube-single and lost a little on Pendulum.
 - `learning_rate`: the rate of Adam for the critic and the residual.
 """
 

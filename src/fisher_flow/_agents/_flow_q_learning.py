@@ -27,7 +27,7 @@ class FlowQState(eqx.Module):
 
 class FlowQLearning(AbstractAgent):
     r"""Flow Q-learning (FQL): a one-step policy $\mu(o, z)$ that is distilled from the behaviour
-    flow and raises the critic at once,
+    flow and raises the critic at the same time,
 
     $$\min_\mu\; \alpha\, \mathbb E\bigl[\operatorname{mean}(\mu(o, z) - \mathrm{flow}(o, z))^2
         \bigr] - \frac{\mathbb E[Q(o, \mu(o, z))]}{\mathbb E|Q(o, \mu(o, z))|}, \qquad
@@ -122,11 +122,11 @@ class FlowQLearning(AbstractAgent):
 
 FlowQLearning.__init__.__doc__ = r"""**Arguments:**
 
-- `flow`: the behaviour flow. Its widths and encoder are those of the actor too.
+- `flow`: the behaviour flow. The actor has the same widths and an encoder of the same kind.
 - `critic`: how the critic is made and learned.
 - `coefficient`: the weight $\alpha$ of the distillation. It has to be tuned to each task.
 - `normalise_q`: whether to divide by the mean of $|Q|$.
-- `num_candidates`: the number of actions of which the best by the critic is taken when the
-    policy acts; published results use 1.
+- `num_candidates`: the number of actions that the policy draws when it acts. It takes the best of
+    them by the critic. Published results use 1.
 - `learning_rate`: the rate of Adam for the critic and the actor.
 """

@@ -38,8 +38,8 @@ class ImplicitQLearning(AbstractAgent):
 
     ??? cite "Reference"
 
-        The critic is that of the first; a flow with the best of $N$ took the place of its policy
-        in the second, which calls it IFQL.
+        The first paper has the critic. The second replaces its policy by a flow with the best of
+        $N$ actions, and calls the method IFQL.
 
         ```bibtex
         @inproceedings{kostrikov2022offline,
@@ -129,10 +129,10 @@ class ImplicitQLearning(AbstractAgent):
 ImplicitQLearning.__init__.__doc__ = r"""**Arguments:**
 
 - `flow`: the behaviour flow.
-- `critic`: how the critic is made and learned. Its widths and encoder are those of the
-    value too.
+- `critic`: how the critic is made and learned. The value has the same widths and an encoder of the
+    same kind.
 - `expectile`: the expectile $\kappa$ between 0 and 1; 1/2 is the mean.
-- `refinement`: the `method` of [`fisher_flow.refine`][]; `None` for none.
-- `num_candidates`: the number of actions of which the best by the critic is taken.
+- `refinement`: the `method` of [`fisher_flow.refine`][]; `None` to leave the flow as it is.
+- `num_candidates`: the number of actions that the policy draws. It takes the best by the critic.
 - `learning_rate`: the rate of Adam for the critic and the value.
 """

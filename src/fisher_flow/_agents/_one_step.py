@@ -20,13 +20,13 @@ class OneStepState(eqx.Module):
 
 
 class OneStep(AbstractAgent):
-    r"""One step of policy improvement: a behaviour flow, the critic of the behaviour policy, and a
-    refinement of the one by the other at the end.
+    r"""One step of policy improvement: a behaviour flow, a critic of the behaviour policy, and, at
+    the end, a refinement of the flow by the critic.
 
     The target of the critic takes the action $a'$ that the data took next. So no policy is sampled
-    in training, and no action is evaluated that is not in the data: it is the cheapest agent here
-    and the hardest to break. Nothing has to be settled before the end: `policy` of the same state
-    with another `refinement` is another agent.
+    in training, and no action is evaluated that is not in the data. It is the cheapest agent here
+    and the hardest to break. The `refinement` plays no part in training: an agent with another one
+    makes another policy of the same state.
 
     Logs `flow_loss`, `critic_loss` (in squared units of the return; grows with it), `q_mean`
     (should settle near the mean return that is left) and `q_max` (far above any return in the data
@@ -34,7 +34,7 @@ class OneStep(AbstractAgent):
 
     ??? cite "Reference"
 
-        That a single step of improvement rivals many, offline, was shown by
+        Offline, a single step of improvement can be as good as many:
 
         ```bibtex
         @inproceedings{brandfonbrener2021offline,
@@ -59,7 +59,9 @@ class OneStep(AbstractAgent):
         check_positive_integer("num_candidates", self.num_candidates, 2)
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> OneStepState:
-        require_next_actions(example, "`OneStep`", "train `ImplicitQLearning`, which needs none")
+        require_next_actions(
+            example, "`OneStep`", "train `ImplicitQLearning`, which does not need them"
+        )
         flow_key, critic_key = jr.split(key)
         critic = self.critic.init(*first(example), key=critic_key)
         return OneStepState(
@@ -90,8 +92,8 @@ OneStep.__init__.__doc__ = """**Arguments:**
 
 - `flow`: the behaviour flow.
 - `critic`: how the critic is made and learned.
-- `refinement`: the `method` of [`fisher_flow.refine`][]; `None` for none.
-- `num_candidates`: the number of refined actions of which the best by the critic is taken;
-    1 for none.
+- `refinement`: the `method` of [`fisher_flow.refine`][]; `None` to leave the flow as it is.
+- `num_candidates`: the number of refined actions that the policy draws. It takes the best by the
+    critic; 1 for no choice.
 - `learning_rate`: the rate of Adam for the critic.
 """

@@ -100,8 +100,8 @@ class ImpalaEncoder(AbstractEncoder):
 
         **Raises:**
 
-        - `ValueError` if it holds no image, or one whose channels are not last. The network raises
-            it for images of other shapes.
+        - `ValueError` if the observation holds no image, or one whose channels are not last. The
+            network raises it too, for images of other shapes.
         """
         shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(observation) if is_image(x))
         if len(shapes) == 0:
@@ -189,6 +189,8 @@ class ImageNetwork(eqx.Module):
 
 
 class Stack(eqx.Module):
+    """A convolution, a pooling that halves the image, and residual blocks."""
+
     first: "Convolution"
     blocks: list[tuple["Convolution", "Convolution"]]
 
@@ -207,7 +209,7 @@ class Stack(eqx.Module):
 
 
 class Convolution(eqx.Module):
-    """By a kernel of 3 x 3, of an image whose channels come last."""
+    """A convolution by a kernel of 3 x 3, for images whose channels come last."""
 
     weight: Float[Array, "3 3 channels_in channels_out"]
     bias: Float[Array, " channels_out"]

@@ -46,15 +46,15 @@ def fine_tune(
 ) -> Trained:
     """Goes on online with what [`fisher_flow.train`][] has learned offline.
 
-    In rounds: the policy plays an episode in each environment, which go into a replay buffer, and
-    then the agent is updated `updates_per_step` times for every step, with batches of which one
-    part comes from the buffer and the other from the logged transitions. Nothing else changes: the
-    agent, its flow of the behaviour among the rest, learns from both. So the policy stays near to
-    what has been done, which is more with every round.
+    It works in rounds. The policy plays an episode in each environment, and the episodes go into a
+    replay buffer. Then the agent is updated `updates_per_step` times for every step. One part of
+    each batch comes from the buffer, the other from the logged transitions. Nothing else changes:
+    the whole agent, with its behaviour flow, learns from both. So the policy stays near to what has
+    been done, which is more with every round.
 
-    With a `folder`, a run that was stopped, at whatever moment, goes on from its last checkpoint
-    when the same call is made again, and ends with the same numbers as if it had not been stopped.
-    For that no environment has to be saved: every round starts with `envs.reset(seed=...)`, and an
+    With a `folder`, a run that was stopped at any moment goes on from its last checkpoint when the
+    same call is made again. It ends with the same numbers as a run that was not stopped. No
+    environment has to be saved for that: every round starts with `envs.reset(seed=...)`, and an
     episode depends on its seed and on the policy alone (but see the warning in
     [`fisher_flow.rollout`][]).
 
@@ -86,40 +86,40 @@ def fine_tune(
 
     - `trained`: what [`fisher_flow.train`][] returned. Each of its seeds goes on by itself, with
         episodes and a buffer of its own. All the logged transitions are moved to the device, even
-        if they were streamed before; batches are augmented as they were.
-    - `envs`: a Gymnasium vector environment, in any autoreset mode, of the task as the data have
-        it. If their actions were rescaled, so must be those of the environments.
-    - `num_steps`: the number of steps to play with each seed, those of an earlier run in `folder`
-        included. Episodes are played to their end, and those beyond it are not learned for.
+        if they were streamed before. Batches are augmented as before.
+    - `envs`: a Gymnasium vector environment, in any autoreset mode, of the task that the data are
+        of. If the actions of the data were rescaled, rescale the actions of the environments too.
+    - `num_steps`: the number of steps to play with each seed, with those of an earlier run in
+        `folder`. Episodes are played to their end; steps beyond this number call for no updates.
 
     **Other arguments:**
 
     - `normaliser`: the normaliser of the observations of `trained.transitions`; `None` if they are
         as the environment returns them. There is no default, since a wrong one goes unnoticed.
-    - `prepare`: what else was done to the transitions before the training, to be done to those of
-        each round too, after the normaliser. For rewards that were divided by `scale`,
-        `prepare=lambda t: dataclasses.replace(t, rewards=t.rewards / scale)`. A run in a `folder`
-        does not notice if it is another one than before.
+    - `prepare`: what else was done to the transitions before the training. It is done to the
+        transitions of each round too, after the normaliser. For rewards that were divided by
+        `scale`, `prepare=lambda t: dataclasses.replace(t, rewards=t.rewards / scale)`. A run in a
+        `folder` does not notice if it is another function than before.
     - `updates_per_step`: the number of updates for each step.
     - `online_share`: the share of each batch that comes from the buffer; `None` to draw from the
         union of buffer and logged transitions.
     - `batch_size`: the number of transitions in an update, drawn with replacement.
-    - `capacity`: the number of rows of the buffer, on the device; by default `num_steps`, or what
-        it was in the `folder`, where it is fixed. When it is full the oldest make way. To go on
-        with more steps later and keep them all, make it larger from the first.
+    - `capacity`: the number of rows of the buffer, on the device; by default `num_steps`. In a
+        `folder` it is fixed, and by default what it was. When the buffer is full, new rows replace
+        the oldest. To go on with more steps later and keep them all, make it larger from the start.
     - `evaluate`: called as `evaluate(policy, seed)` for every seed, with the policy as `train`
         does; returns a dictionary of numbers, which are logged.
-    - `evaluate_every`: the number of updates between evaluations, from those of the training on;
-        by default once, at the end.
-    - `folder`: where to write `online.csv`, `evaluations.csv` and checkpoints; another one than
-        that of the training. Updates are counted on from those of the training. A row of
-        `online.csv` is a round that made updates: the statistics that the agent logs, averaged
-        over them, `return` (the mean undiscounted return of its episodes, in rewards as they come;
+    - `evaluate_every`: the number of updates between evaluations, counted from the end of the
+        training; by default once, at the end.
+    - `folder`: where to write `online.csv`, `evaluations.csv` and checkpoints. It is not the folder
+        of the training. The count of updates goes on from the training. A row of `online.csv` is a
+        round that made updates: the statistics that the agent logs, averaged over these updates,
+        `return` (the mean undiscounted return of its episodes, with the rewards of the environment;
         should rise), `steps` (the number of steps played so far), `buffer_size` (the number of rows
-        in the buffer) and `episode_seed` (`collect(policy, envs, seed=episode_seed)` plays them
-        again).
+        in the buffer) and `episode_seed` (`collect(policy, envs, seed=episode_seed)` plays the
+        episodes again).
     - `checkpoint_every`: the number of updates after which the next round ends with a checkpoint;
-        by default a tenth of all. Each holds the buffers, and the last two are kept.
+        by default a tenth of all. A checkpoint holds the buffers. The last two are kept.
     - `max_steps`: the number of steps after which an episode that has not ended raises.
     - `loggers`: called as `logger(seed, updates, values)` with every row of either file, and
         closed at the end, as in `train`.
@@ -134,12 +134,12 @@ def fine_tune(
     - `ValueError` if an argument is not of its kind, the transitions of the environments do not
         match those of the training, actions are outside the agent's bounds, or `folder` holds
         another run.
-    - `FloatingPointError` if the training diverges; checkpoints from before are kept.
+    - `FloatingPointError` if the training diverges. Earlier checkpoints are kept.
     - `RuntimeError` if an episode does not end within `max_steps`.
 
     ??? cite "Reference"
 
-        Batches of which half are logged and half are new are those of
+        Batches that are half logged and half new come from
 
         ```bibtex
         @inproceedings{ball2023efficient,
@@ -150,8 +150,8 @@ def fine_tune(
         }
         ```
 
-        who start from scratch, with an ensemble of normalised critics. Here learning goes on from
-        what was learned offline, and the networks are those of the agent.
+        The authors start from scratch, with an ensemble of normalised critics. Here learning goes
+        on from what was learned offline, with the networks of the agent.
     """
     check_instance("trained", trained, Trained, "fisher_flow.train(agent, transitions, 100_000)")
     if normaliser is not None:

@@ -26,11 +26,11 @@ Evaluate = Callable[[AbstractPolicy, int], dict[str, float]]
 
 
 class Run:
-    """What `train` and `fine_tune` share: an agent that learns from transitions once for each seed,
-    from update `first` to update `last`, and a folder that holds what it takes to go on.
+    """What `train` and `fine_tune` share: an agent that learns from transitions, once for each
+    seed, from update `first` to update `last`, and the folder that it writes to.
 
-    Everything random comes from keys that depend on the seed and on the number of updates alone, so
-    that a run that was stopped goes on to the same numbers.
+    Everything random comes from keys that depend on the seed and on the number of updates alone.
+    So a run that was stopped goes on to the same numbers.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Run:
         **Arguments:**
 
         - `states`: what a checkpoint holds for each seed.
-        - `described`: what has to be the same for a run to go on, beside what every run has.
+        - `described`: what has to be the same for a run to go on, beside `_description`.
         """
         if self._folder is None:
             return 0, states
@@ -92,8 +92,8 @@ class Run:
     def save(self, number: int, states: list[Any], since: int, updates: int) -> None:
         """Writes a checkpoint if one is due after the updates from `since` to `updates`.
 
-        To be called after the rows of these updates are written, so that no row before a checkpoint
-        is ever missing; and before their evaluations, which may fail and are made up for.
+        Call it when the rows of these updates are written, so that no row before a checkpoint is
+        ever missing. Call it before evaluations that can be made later: they may fail.
         """
         passed = [(x - self.first) // self.checkpoint_every for x in (since, updates)]
         is_due = passed[0] < passed[1] or updates == self.last
@@ -150,7 +150,7 @@ class Run:
     def _description(self) -> dict[str, str]:
         """What has to be the same for a run to go on."""
         return {
-            "agent": _text(self.agent),
+            "agent": described(self.agent),
             "transitions": f"{len(self.transitions)} rows, checksum {checksum(self.transitions)}",
             "seeds": str(list(self.seeds)),
             "batch_size": str(self._batch_size),
@@ -181,14 +181,21 @@ def _numbers_as_arrays(settings: Any, transitions: Transitions) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x, settings)
 
 
-def _text(module: Any) -> str:
-    # Not by Equinox, which leaves out the settings that are the default itself.
-    return wadler_lindig.pformat(module, short_arrays=False, hide_defaults=False)
+def described(module: Any) -> str:
+    """A module with all its settings. Equinox leaves out a setting that is the default itself."""
+
+    def unwrapped(x):  # else its address in memory would be shown
+        is_wrapped = isinstance(x, jax.custom_jvp | jax.custom_vjp)
+        return wadler_lindig.pdoc(x.__wrapped__) if is_wrapped else None
+
+    return wadler_lindig.pformat(
+        module, width=80, short_arrays=False, hide_defaults=False, custom=unwrapped
+    )
 
 
 def _name_of(augment: Augment | None) -> str:
     """What it is, without addresses in memory, which change from process to process."""
     if augment is None or isinstance(augment, eqx.Module):
-        return _text(augment)
+        return described(augment)
     named = augment if hasattr(augment, "__qualname__") else type(augment)
     return f"{named.__module__}.{named.__qualname__}"

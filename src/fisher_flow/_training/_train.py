@@ -37,10 +37,10 @@ def train(
 ) -> Trained:
     """Trains an agent on logged transitions.
 
-    The data lie on the device, and chunks of updates run there; or they stay on disk, and the
+    The data lie on the device, and chunks of updates run there. Or the data stay on disk, and the
     batches are read ahead of the updates, with the same results. With a `folder`, a run that was
-    stopped, at whatever moment, goes on from its last checkpoint when the same call is made again,
-    and ends with the same numbers as if it had not been stopped.
+    stopped at any moment goes on from its last checkpoint when the same call is made again. It ends
+    with the same numbers as a run that was not stopped.
 
     !!! example
 
@@ -66,34 +66,34 @@ def train(
 
     - `agent`: what to train, for example [`fisher_flow.OneStep`][].
     - `transitions`: the data, in memory or as [`fisher_flow.open_transitions`][] opens them.
-    - `num_updates`: the number of updates, those of an earlier run in `folder` included.
+    - `num_updates`: the number of updates, with those of an earlier run in `folder`.
 
     **Other arguments:**
 
-    - `seeds`: one training a seed, of the initial parameters and of all that is random. A seed
-        gives the same result whichever others it is trained beside, but for rounding.
+    - `seeds`: there is one training for each seed. The seed decides the initial parameters and
+        everything else that is random. Other seeds beside it change its result by rounding alone.
     - `batch_size`: the number of transitions in an update, drawn with replacement.
     - `augment`: called as `augment(batch, key=key)` on every batch, on the device; returns the
         transitions to learn from instead, for example [`fisher_flow.RandomCrop`][]. A run in a
         `folder` goes on with a function of the same name; its code is not compared.
     - `evaluate`: called as `evaluate(policy, seed)` for every seed; returns a dictionary of
-        numbers, always of the same names, which are logged. An evaluation that a run in a `folder`
-        still owes where it is taken up, finished or not, is made up for.
+        numbers, always with the same names, which are logged. If a run in a `folder` was stopped
+        between a checkpoint and its evaluations, they are made when the run goes on.
     - `evaluate_every`: the number of updates between evaluations; by default once, at the end.
     - `folder`: where to write `train.csv` (the statistics that the agent logs, averaged over the
         updates since the last row), `evaluations.csv` and checkpoints.
     - `checkpoint_every`: the number of updates between checkpoints; by default a tenth of all.
-    - `log_every`: the number of updates between rows of the log. There are others at the first
-        hundreds, at every thousand and where the run is evaluated or saved.
+    - `log_every`: the number of updates between rows of the log. There are more rows: at the first
+        hundreds, at every thousand, and where the run is evaluated or saved.
     - `loggers`: called as `logger(seed, updates, values)` with every row of either file, for
-        example [`fisher_flow.TensorBoard`][] or [`fisher_flow.WeightsAndBiases`][]. One that has a
-        `close()` is closed when the training ends, in whichever way.
+        example [`fisher_flow.TensorBoard`][] or [`fisher_flow.WeightsAndBiases`][]. A logger that
+        has a `close()` is closed when the training ends, also by an error.
     - `vectorise`: whether all seeds are trained at once, by `vmap`: faster on accelerators, but
         not on CPUs, where by default they take turns.
-    - `stream`: whether the data are left where they are, and each batch is read from there a few
-        updates before its turn; else all of them are moved to the device. By default those are
-        left that lie on disk. With JAX's default generator the rows drawn are the same, and on a
-        CPU so is every bit of the result. Needs Grain: `pip install grain`.
+    - `stream`: whether the data stay where they are, and each batch is read a few updates before
+        its turn. Otherwise all the data are moved to the device. By default data on disk stay
+        there. With JAX's default generator the same rows are drawn either way, and on a CPU every
+        bit of the result is the same. Needs Grain: `pip install grain`.
     - `progress`: whether to show a progress bar.
 
     **Returns:**
@@ -104,7 +104,7 @@ def train(
 
     - `ValueError` if an argument is not of its kind, actions are outside the agent's bounds, or
         `folder` holds another run.
-    - `FloatingPointError` if the training diverges; checkpoints from before are kept.
+    - `FloatingPointError` if the training diverges. Earlier checkpoints are kept.
     """
     check_instance("agent", agent, AbstractAgent, "fisher_flow.OneStep()")
     check_instance("transitions", transitions, Transitions, "Transitions.from_episodes(...)")

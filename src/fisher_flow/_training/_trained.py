@@ -34,14 +34,14 @@ class Trained:
     """The logged transitions that it was trained on."""
 
     num_updates: int
-    """The number of updates made in all, those online included."""
+    """The number of all updates, with those online."""
 
     augment: Augment | None = None
     """What is done to every batch."""
 
     def policy(self, seed: int | None = None) -> Any:
-        """The policy learned with a seed, by default the first: an `AbstractPolicy`, of which kind
-        depends on the agent.
+        """The policy learned with a seed, by default the first seed. It is an `AbstractPolicy`; the
+        agent decides which kind.
 
         **Arguments:**
 
@@ -60,12 +60,14 @@ class Trained:
 def make_policy(
     agent: AbstractAgent, state: Any, transitions: Transitions, seed: int
 ) -> AbstractPolicy:
-    # The same observations and key at every call, so that a policy is a function of the state.
+    """The policy of a state. A seed has the same observations and key at every call, so that the
+    policy is a function of the state."""
     return agent.policy(state, some_observations(transitions, seed), key=jr.key(seed))
 
 
 def some_observations(transitions: Transitions, seed: int) -> Any:
-    # Not by a permutation, which would take memory for every row there is; of images fewer.
+    """Some observations of the data, fewer if they are large, such as images."""
+    # Without a permutation, which would take memory for every row.
     row = sum(leaf[:1].nbytes for leaf in jax.tree.leaves(transitions.observations))
     num = min(len(transitions), 10_000, max(1, 2**27 // max(1, row)))
     rows = np.random.default_rng(seed).choice(len(transitions), num, replace=False)

@@ -1,4 +1,4 @@
-"""Checks of what a training is given, of what comes of it, and of what evaluates it."""
+"""Checks of the arguments of a training, of its numbers, and of what `evaluate` returns."""
 
 import dataclasses
 import numbers

@@ -1,4 +1,4 @@
-"""Several opinions of one action, made one."""
+"""Several values of one action, made into one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,7 +50,7 @@ LowerConfidenceBound.__init__.__doc__ = """**Arguments:**
 
 
 class Ensemble(eqx.Module):
-    """One critic out of several, of whatever kinds.
+    """One critic made of several, of any kind.
 
     !!! example
 

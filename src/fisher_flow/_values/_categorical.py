@@ -28,7 +28,7 @@ class CategoricalCritic(eqx.Module):
     r"""The mean return of a distributional critic, $\sum_i z_i \operatorname{softmax}(\ell)_i$, for
     logits $\ell$ over fixed returns $z_i$: C51, HL-Gauss and two-hot heads.
 
-    Of a critic that predicts quantiles the mean is `jax.numpy.mean`:
+    For a critic that predicts quantiles, take their mean:
     `critic = lambda observation, action: quantiles(observation, action).mean()`.
 
     !!! example

@@ -35,7 +35,8 @@ class CriticLearner(eqx.Module):
         *,
         key: PRNGKeyArray,
     ) -> tuple["CriticLearner", dict[str, Scalar]]:
-        """One step towards the rewards and what the target says of the next actions."""
+        """One step towards the reward and the value of the next action by the target. The key may
+        be the one of the whole update of an agent."""
         # Folded in beyond any row, so that no other key is this one or depends on the critic.
         sample_key, loss_key = jr.split(jr.fold_in(key, 2**31))
         next_values = learning.next_values(
@@ -52,7 +53,7 @@ class CriticLearner(eqx.Module):
         *,
         key: PRNGKeyArray,
     ) -> tuple["CriticLearner", dict[str, Scalar]]:
-        """One step towards the rewards and these values of the next observations."""
+        """One step towards the reward and these values of the next observations."""
         return self._step(learning, optimiser, batch, next_values, jr.fold_in(key, 2**31))
 
     def _step(self, learning, optimiser, batch, next_values, key):

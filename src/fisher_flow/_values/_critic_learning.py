@@ -16,7 +16,7 @@ from .._networks import AbstractEncoder
 class AbstractCriticLearning(eqx.Module):
     """Abstract base class for how the critic of an agent is made and learned.
 
-    It holds settings only; what it makes is a critic `critic(observation, action) -> scalar`.
+    It holds settings only. It makes a critic `critic(observation, action) -> scalar`.
     """
 
     width_size: eqx.AbstractVar[int]
@@ -37,8 +37,8 @@ class AbstractCriticLearning(eqx.Module):
         *,
         key: PRNGKeyArray,
     ) -> Float[Array, " batch"]:
-        """What is left after the step, by the target critic: its values, or, of a critic that
-        learns a distribution, a sample of the return for each row."""
+        """The return that is left after the step, by the target critic: its value for each row. A
+        critic that learns a distribution gives a sample of the return for each row instead."""
         del key
         return jax.vmap(target_critic)(next_observations, next_actions)
 

@@ -48,9 +48,9 @@ class HLGauss(AbstractCriticLearning):
     $$-\sum_i \sum_k p_k(y) \log \operatorname{softmax}(\ell_i(o, a))_k, \qquad
         Q_i(o, a) = \sum_k z_k \operatorname{softmax}(\ell_i(o, a))_k.$$
 
-    Bin $k$ is centred on the atom $z_k$. The spread of the histogram is a choice, not that of the
-    return. Logs `target_clipped` too, the share of targets outside of the support: widen the
-    support unless it stays near 0.
+    Bin $k$ is centred on the atom $z_k$. The spread of the histogram is a setting; it is not
+    the spread of the return. Logs `target_clipped` too, the share of targets outside of the
+    support: widen the support unless it stays near 0.
 
     !!! tip
 
@@ -146,7 +146,7 @@ HLGauss.__init__.__doc__ = r"""**Arguments:**
 - `support`: the least and the largest return. Targets outside are clipped.
 - `num_atoms`: the number of returns, evenly between them, and of logits.
 - `sigma`: the standard deviation of the Gaussian, in widths of a bin.
-- the others: as of [`fisher_flow.TemporalDifference`][].
+- the others: as in [`fisher_flow.TemporalDifference`][].
 
 **Raises:**
 

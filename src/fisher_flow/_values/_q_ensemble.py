@@ -13,7 +13,7 @@ from ._network_ensemble import AbstractNetworkEnsemble, make_members
 
 
 class QEnsemble(AbstractNetworkEnsemble):
-    """A critic: the mean of several Q networks, alike but for their initial parameters.
+    """A critic: the mean of several Q networks, which differ in their initial parameters.
 
     Keep observations and rewards of order one: nothing here rescales them.
     """
@@ -39,7 +39,7 @@ class QEnsemble(AbstractNetworkEnsemble):
         """**Arguments:**
 
         - `observation_size`: the number of entries of one observation, all its leaves together.
-            With an `encoder`, that of its features.
+            With an `encoder`, the number of its features.
         - `action_size`: the number of entries of one action.
         - `num_members`: the number of networks.
         - `width_size`, `depth`: the hidden layers of each.

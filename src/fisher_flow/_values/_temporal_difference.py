@@ -19,8 +19,7 @@ class TemporalDifference(AbstractCriticLearning):
     $$\sum_i \bigl(Q_i(o, a) - y\bigr)^2, \qquad
         y = r + \gamma\, m\, \operatorname{agg}_j \bar Q_j(o', a'),$$
 
-    towards targets $\bar Q_j$ that follow the members $Q_j$ slowly. Which $a'$ is taken is the
-    agent's affair.
+    towards targets $\bar Q_j$ that follow the members $Q_j$ slowly. The agent chooses $a'$.
     """
 
     _: dataclasses.KW_ONLY
@@ -73,8 +72,8 @@ TemporalDifference.__init__.__doc__ = r"""**Arguments:**
 - `width_size`, `depth`: the hidden layers of each.
 - `aggregate`: how the values of the members become one: `jax.numpy.mean`, or
     `jax.numpy.min` for a pessimist.
-- `encoder`: what the networks see images through, such as [`fisher_flow.ImpalaEncoder`][];
-    one for all of them.
+- `encoder`: what turns images into features for the networks, such as
+    [`fisher_flow.ImpalaEncoder`][]. All of them share one.
 - `discount`: the discount $\gamma$ of one step.
 - `target_rate`: the share of the critic that enters its target at each update.
 """

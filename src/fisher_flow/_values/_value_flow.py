@@ -39,8 +39,8 @@ class FlowEnsemble(AbstractNetworkEnsemble):
     def returns(
         self, observation: Observation, action: Action, noise: Scalar
     ) -> Float[Array, " members"]:
-        """Where the flow of each member carries `noise`: a sample of the return, of normal
-        noise."""
+        """The point to which the flow of each member carries `noise`. If the noise is normal, it is
+        a sample of the return."""
         x = jnp.full(self.members.layers[0].weight.shape[:1], noise)
         features = encode(self.encoder, observation)  # once for all steps
 
@@ -68,12 +68,13 @@ class ValueFlow(AbstractCriticLearning):
     $$\sum_i \bigl(v_i(t, x_t, o, a) - (y - z)\bigr)^2, \quad x_t = (1 - t) z + t y, \qquad
         y = r + \gamma\, m\, \operatorname{agg}_j \bar Z_j(z' \mid o', a'),$$
 
-    where $\bar Z_j(z')$ is where the target flow carries noise. The velocity that is learned is
-    linear in the target given $x_t$, so samples of the target give the flow of the distributional
-    Bellman operator, a contraction. (Towards its mean instead, as floq does, the flow would
-    forget all spread but that of one step.) The value is the mean return, by Gauss-Hermite
-    quadrature over the noise. Keep returns of order one. An agent whose next value is a number,
-    such as [`fisher_flow.ImplicitQLearning`][], makes a target with the spread of one step.
+    where $\bar Z_j(z')$ is the point to which the target flow carries the noise $z'$. The velocity
+    that is learned is linear in the target given $x_t$, so samples of the target give the flow of
+    the distributional Bellman operator, a contraction. (floq learns towards the mean of the target
+    instead; its flow then keeps only the spread of one step.) The value is the mean return, by
+    Gauss-Hermite quadrature over the noise. Keep returns of order one. An agent whose next value is
+    a number, such as [`fisher_flow.ImplicitQLearning`][], makes a target with the spread of one
+    step.
 
     ??? cite "Reference"
 
@@ -130,7 +131,7 @@ class ValueFlow(AbstractCriticLearning):
     ) -> Float[Array, " batch"]:
         next_a = jnp.asarray(next_actions)
         z = jr.normal(key, next_a.shape[:1], next_a.dtype)
-        # The members share the noise: their mean is one of quantiles, and loses no spread.
+        # The members share the noise, so that their mean, a mean of quantiles, loses no spread.
         sample = lambda o, a, z: target_critic.aggregate(target_critic.returns(o, a, z))
         return jax.vmap(sample)(next_observations, next_a, z)
 
@@ -152,7 +153,7 @@ class ValueFlow(AbstractCriticLearning):
         a = jnp.asarray(actions)
         v = jax.vmap(critic.velocities)(observations, a, x, t)
         loss = jnp.mean(jnp.sum((v - (y - z)) ** 2, axis=1))
-        # At time 0 the point says nothing of the return, and one step leads to its mean.
+        # At time 0 the point says nothing of the return, and the velocity leads to its mean.
         zero = jnp.zeros((), targets.dtype)
         means = jax.vmap(lambda o, a: critic.velocities(o, a, jnp.zeros_like(z[0]), zero))(
             observations, a
@@ -164,5 +165,5 @@ ValueFlow.__init__.__doc__ = r"""**Arguments:**
 
 - `num_steps`: the number of Euler steps from noise to a return.
 - `num_nodes`: the number of nodes of the quadrature over the noise.
-- the others: as of [`fisher_flow.TemporalDifference`][].
+- the others: as in [`fisher_flow.TemporalDifference`][].
 """
