@@ -1,6 +1,7 @@
 """The shape of the library: what is public, what is documented, and what may import what."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -104,6 +105,43 @@ def test_import_arrows(path):
     for target in _imports(path):
         if target.split(".")[0] == "fisher_flow":
             assert [*target.split("."), ""][1] in allowed | private, f"{path} imports {target}"
+
+
+def _only_copies(function):
+    """Whether a constructor stores its arguments as they come, and does no more than check them."""
+    arguments = function.args
+    names = {x.arg for x in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+    stored = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.discard(node.id)  # converted before it is stored
+        elif isinstance(node, ast.Assign):
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            stored += [x for x in values if any("self." in ast.unparse(y) for y in node.targets)]
+    return len(stored) > 0 and all(isinstance(x, ast.Name) and x.id in names for x in stored)
+
+
+def _has_property_for_a_field(cls):
+    """Type checkers take a field of a base for an argument of the constructor that is made from the
+    fields, even where a property stands for it. Such a class writes its constructor out."""
+    fields = [name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())]
+    return any(isinstance(getattr(cls, name, None), property) for name in fields)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [x for x in sorted(package.rglob("*.py")) if x.stem != "__init__"],
+    ids=lambda path: path.relative_to(package).as_posix(),
+)
+def test_no_constructor_only_copies(path):
+    """Settings are fields, checked in `__check_init__`: each is written twice, not four times."""
+    module = importlib.import_module(".".join(path.relative_to(root / "src").with_suffix("").parts))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            for function in node.body:
+                if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+                    exempt = _has_property_for_a_field(getattr(module, node.name))
+                    assert exempt or not _only_copies(function), node.name
 
 
 def test_importing_the_library_is_light():

@@ -17,6 +17,7 @@ from helpers import run_script
 
 import fisher_flow as ff
 from fisher_flow._training._log import Log
+from fisher_flow._training._run import described
 
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -350,6 +351,13 @@ def test_augmentations_are_known_by_name(tmp_path):
         train(averaging, transitions(), 6, folder=tmp_path, augment=lambda batch, *, key: batch)
 
 
+def test_a_default_that_is_written_out_is_the_same_setting():
+    plain, written = ff.FlowQLearning(), ff.FlowQLearning(coefficient=float("1.0"))
+    assert described(plain) == described(written) and "learning_rate=0.0003" in described(plain)
+    own = ff.TemporalDifference(aggregate=jax.custom_jvp(lambda values: values[0]))
+    assert " at 0x" not in described(own), "an address in memory"
+
+
 def test_an_augmentation_has_to_return_transitions():
     with pytest.raises(ValueError, match=r"`augment` must .*`None`.*fisher_flow.RandomCrop\(\)"):
         train(averaging, transitions(), 1, augment=lambda batch, *, key: None)
@@ -501,7 +509,7 @@ def test_weights_and_biases(wandb, tmp_path):
 
 
 def test_messages_of_weights_and_biases(wandb, monkeypatch):
-    with pytest.raises(ValueError, match="`name` must be of .*`name='a-b'`"):
+    with pytest.raises(ValueError, match="`name` must have .*`name='a-b'`"):
         ff.WeightsAndBiases("a/b", project="tests")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r'`pip install "fisher_flow\[wandb\]"`'):

@@ -19,9 +19,9 @@ EncoderNetwork: TypeAlias = Callable[[Any], Float[Array, " features"]]
 class AbstractEncoder(eqx.Module):
     """Abstract base class for how observations become the vectors that networks take.
 
-    It holds settings only; what it makes is a network that is trained by the loss of whatever it
-    is a part of. A flow, a critic, a value, a residual and a one-step policy each make one of their
-    own.
+    It holds settings only. It makes a network, which becomes a part of another network and is
+    trained by the loss of that. A flow, a critic, a value, a residual and a one-step policy each
+    make one of their own.
     """
 
     @abc.abstractmethod
@@ -44,8 +44,8 @@ def make_encoder(
     key: PRNGKeyArray,
     example: str,
 ) -> tuple[EncoderNetwork | None, int, PRNGKeyArray]:
-    """The network of an encoder, if there is one; the size of what comes out of it, else of the
-    observation; and a key for what is put on top, which without an encoder is `key` itself."""
+    """The network of an encoder, the number of its features, and a key for the network on top.
+    Without an encoder: `None`, the number of entries of the observation, and `key` itself."""
     if encoder is None:
         refuse_images(observation, example)
         return None, ravel_inputs(observation).size, key
