@@ -359,10 +359,9 @@ class FlowPolicy(AbstractFlowPolicy):
         The point $x(1)$, not yet held to the bounds.
         """
         velocity = self._given(observation)
-        return self._integrate(
+        return self.integrate(
             lambda t, x, args: velocity(t, x),
             noise,
-            noise.dtype,
             direction=1,
             solver=self.solver,
             stepsize_controller=self.stepsize_controller,
@@ -447,10 +446,9 @@ class FlowPolicy(AbstractFlowPolicy):
             x, _ = state
             return value_and_divergence(lambda y: velocity(t, y), x, probes)
 
-        x0, minus_integral = self._integrate(
+        x0, minus_integral = self.integrate(
             vector_field,
             (action, jnp.zeros((), action.dtype)),
-            action.dtype,
             direction=-1,
             solver=solver,
             stepsize_controller=stepsize_controller,
@@ -463,7 +461,18 @@ class FlowPolicy(AbstractFlowPolicy):
     ) -> Action:
         return estimator(self.path, self._given(observation), action)
 
-    def _integrate(self, vector_field, y, dtype, *, direction, solver, stepsize_controller):
+    def integrate(
+        self,
+        vector_field: Callable[[Any, Any, Any], Any],
+        y: Any,
+        *,
+        direction: int,
+        solver: diffrax.AbstractSolver,
+        stepsize_controller: diffrax.AbstractStepSizeController,
+    ) -> Any:
+        """Integrates `vector_field(t, y, args)` from time 0 to 1, or back if `direction` is -1, with
+        the steps of this policy: for quantities that evolve along with an action."""
+        dtype = jnp.result_type(*jax.tree.leaves(y))
         # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax
         # promotes a float32 state to float64.
         t0, t1 = (0, 1) if direction > 0 else (1, 0)
