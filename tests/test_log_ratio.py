@@ -62,7 +62,7 @@ def test_tilt_of_a_gaussian(log_ratio, path, dtype, getkey):
     assert actions.dtype == r.dtype == dtype
     # What the discrete sampler draws is a Gaussian too, but not quite this one.
     tol = 2e-5 if isinstance(log_ratio, ff.DensityLogRatio) else 4e-3
-    expected = (np.asarray(actions) - mean) @ w - 0.5 * w @ covariance @ w
+    expected = (np.asarray(actions) - np.asarray(mean)) @ w - 0.5 * w @ covariance @ w
     assert np.allclose(r, expected, atol=tol)
 
 
@@ -70,11 +70,9 @@ def test_tilt_of_a_gaussian(log_ratio, path, dtype, getkey):
 def test_no_steering_has_no_log_ratio(log_ratio, getkey):
     mixture = bimodal()
     v = mixture.velocity()
-    policy = mixture.policy(num_steps=10)
+    policy = mixture.policy(solver=diffrax.Heun(), num_steps=10)
     noises = jr.normal(getkey(), (16, 2))
-    actions, r = over(
-        log_ratio, policy, lambda t, x: (v(t, x, None), jnp.zeros_like(x)), noises
-    )
+    actions, r = over(log_ratio, policy, lambda t, x: (v(t, x, None), jnp.zeros_like(x)), noises)
     tol = 1e-4 if isinstance(log_ratio, ff.DensityLogRatio) else 1e-9
     assert np.allclose(r, 0, atol=tol)
     if not isinstance(log_ratio, ff.DensityLogRatio):
@@ -111,9 +109,7 @@ def test_kl_of_the_sampler_that_acts(solver):
     mixture = bimodal_1d()
     policy = mixture.policy(solver=solver, num_steps=10)
     steered = bent(lambda t, x: policy.velocity(t, x, None), strength=1.0)
-    moved = ff.FlowPolicy(
-        lambda t, x, o: sum(steered(t, x)), (1,), solver=solver, num_steps=10
-    )
+    moved = ff.FlowPolicy(lambda t, x, o: sum(steered(t, x)), (1,), solver=solver, num_steps=10)
     grid, step = jnp.linspace(-6, 6, 2401, retstep=True)
 
     @jax.jit
@@ -122,7 +118,7 @@ def test_kl_of_the_sampler_that_acts(solver):
         p = lambda z: policy.flow(None, z[None])[0]
         q = lambda z: moved.flow(None, z[None])[0]
         log_z = jax.scipy.stats.norm.logpdf(z)
-        density = lambda f: log_z - jnp.log(jax.jacfwd(f)(z))
+        density = lambda f: log_z - jnp.log(jax.grad(f)(z))
         return p(z), density(p), q(z), density(q)
 
     a_p, log_p, a_q, log_q = map(np.asarray, draws(grid))
@@ -131,7 +127,7 @@ def test_kl_of_the_sampler_that_acts(solver):
     expected = log_q - np.interp(a_q, a_p, log_p)
     weight = np.asarray(jax.scipy.stats.norm.pdf(grid)) * float(step)
     exact = np.sum((weight * expected)[inside])
-    assert exact > 0.2
+    assert exact > 0.1
     _, r = over(ff.ExecutedLogRatio(), policy, steered, grid[:, None])
     assert np.allclose(r[inside], expected[inside], atol=1e-3)
     found = inside & np.isfinite(r)

@@ -321,9 +321,9 @@ class FlowPolicy(AbstractFlowPolicy):
 
         - `ValueError` if the velocity field returns anything but an array like `x`.
         """
-        return self._given(observation)(t, x)
+        return self.given(observation)(t, x)
 
-    def _given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
+    def given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
         """The velocity at one observation, which is encoded here and not at every call."""
         field = given(self.velocity_field, observation)
         return lambda t, x: self._checked(field(jnp.asarray(t, x.dtype), x), x)
@@ -358,7 +358,7 @@ class FlowPolicy(AbstractFlowPolicy):
 
         The point $x(1)$, not yet held to the bounds.
         """
-        velocity = self._given(observation)
+        velocity = self.given(observation)
         return self.integrate(
             lambda t, x, args: velocity(t, x),
             noise,
@@ -440,7 +440,7 @@ class FlowPolicy(AbstractFlowPolicy):
             tol = 1e-7 if action.dtype == jnp.float64 else 1e-5
             stepsize_controller = diffrax.PIDController(rtol=tol, atol=tol)
 
-        velocity = self._given(observation)
+        velocity = self.given(observation)
 
         def vector_field(t, state, args):
             x, _ = state
@@ -459,7 +459,7 @@ class FlowPolicy(AbstractFlowPolicy):
     def score(
         self, estimator: Callable[..., Action], observation: Observation, action: Action
     ) -> Action:
-        return estimator(self.path, self._given(observation), action)
+        return estimator(self.path, self.given(observation), action)
 
     def integrate(
         self,

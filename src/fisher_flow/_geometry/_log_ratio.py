@@ -493,6 +493,9 @@ def _log_det(J) -> Scalar:
 
 
 def _runge_kutta_step(solver: Any, field, t0, t1, x) -> Action:
+    if hasattr(solver, "scan_kind"):
+        # The loop over its stages, so that both modes of differentiation pass.
+        solver = eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=lambda x: x is None)
     terms = diffrax.ODETerm(field)
     state = solver.init(terms, t0, t1, x, None)
     y, *_ = solver.step(terms, t0, t1, x, None, state, made_jump=jnp.asarray(False))

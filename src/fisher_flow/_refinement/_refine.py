@@ -13,17 +13,18 @@ from ._executed_critic import check_critic
 from ._method import AbstractRefinement, method_example
 from ._natural_step import NaturalStep
 from ._refined_policy import RefinedPolicy
+from ._steering import SteeredPolicy, Steering
 
 
 def refine(
     policy: Any,
     critic: Critic,
-    method: AbstractRefinement = NaturalStep(),
+    method: AbstractRefinement | Steering = NaturalStep(),
     *,
     observations: PyTree[Any] | None = None,
     actions: Float[Array, "batch ..."] | None = None,
     key: PRNGKeyArray | None = None,
-) -> RefinedPolicy:
+) -> RefinedPolicy | SteeredPolicy:
     r"""Improves a flow policy by a critic, while staying within a KL of it.
 
     To first order this solves $\max_{\pi'} \mathbb E[Q]$ subject to
@@ -54,8 +55,8 @@ def refine(
         not modified.
     - `critic`: called as `critic(observation, action)` for one sample; returns a scalar, of which
         more is better. Any differentiable function.
-    - `method`: how to refine: [`fisher_flow.NaturalStep`][], which needs no training, or
-        [`fisher_flow.Residual`][], which trains a network.
+    - `method`: how to refine: [`fisher_flow.NaturalStep`][] and [`fisher_flow.Steering`][], which
+        need no training, or [`fisher_flow.Residual`][], which trains a network.
 
     **Other arguments:**
 
@@ -69,7 +70,8 @@ def refine(
 
     **Returns:**
 
-    A [`fisher_flow.RefinedPolicy`][]. With a radius of zero it is the base policy, bit for bit.
+    A [`fisher_flow.RefinedPolicy`][], or by `Steering` a [`fisher_flow.SteeredPolicy`][]. With a
+    radius of zero it is the base policy, bit for bit.
 
     **Raises:**
 
@@ -90,6 +92,11 @@ def refine(
     """
     policy = as_flow_policy(policy)
     check_critic(critic)
+    if isinstance(method, Steering):
+        if observations is not None:
+            batch_length("observations", observations)
+        method = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, method)
+        return method.fit(policy, critic, observations, key=jr.key(0) if key is None else key)
     check_instance("method", method, AbstractRefinement, method_example(method))
     if observations is None and actions is not None:
         raise ValueError(
