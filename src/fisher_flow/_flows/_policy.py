@@ -470,8 +470,8 @@ class FlowPolicy(AbstractFlowPolicy):
         solver: diffrax.AbstractSolver,
         stepsize_controller: diffrax.AbstractStepSizeController,
     ) -> Any:
-        """Integrates `vector_field(t, y, args)` from time 0 to 1, or back if `direction` is -1, with
-        the steps of this policy: for quantities that evolve along with an action."""
+        """Integrates `vector_field(t, y, args)` from time 0 to 1, or back if `direction` is -1: for
+        quantities that evolve along with an action."""
         dtype = jnp.result_type(*jax.tree.leaves(y))
         # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax
         # promotes a float32 state to float64.

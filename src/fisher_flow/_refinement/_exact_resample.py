@@ -157,6 +157,7 @@ class ExactResample(AbstractPolicy):
     def _candidates(self, observation, keys):
         def one(key):
             action, r = self.policy.draw_and_log_ratio(observation, key=key)
-            return action, critic_value(self.policy, self.critic, observation, action), r
+            value = critic_value(self.policy, self.critic, observation, action)
+            return action, value.astype(r.dtype), r
 
         return jax.vmap(one)(keys)

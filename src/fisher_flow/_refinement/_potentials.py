@@ -23,8 +23,8 @@ class AbstractPotential(eqx.Module):
 
     The best steering is $\Delta = b\, \nabla h^*$ with
     $h^*(t, x) = \log \mathbb E[\exp(k\, Q(x_1)) \mid x_t = x]$: its end is
-    $\pi^* \propto p \exp(k Q)$ exactly. Here $v = a x + b\, \nabla \log p_t$ along the path, and $k$
-    is the strength, the inverse of a temperature.
+    $\pi^* \propto p \exp(k Q)$ exactly. Here $v = a x + b\, \nabla \log p_t$ along the path, and
+    $k$ is the strength, the inverse of a temperature.
     """
 
     @abc.abstractmethod

@@ -503,7 +503,8 @@ def _settle(flow, guidance, method, log_ratio, over_rows, keys) -> tuple[Array, 
 
     noises, probe_keys, variances = over_rows(of_row)(keys)
     usable = jnp.isfinite(variances)
-    variance = jnp.sum(jnp.where(usable, variances, 0)) / jnp.maximum(jnp.sum(usable), 1)
+    count = jnp.sum(usable, dtype=noises.dtype)
+    variance = jnp.sum(jnp.where(usable, variances, 0)) / jnp.maximum(count, 1)
     radius = jnp.asarray(method.radius, noises.dtype)
 
     def measure(strength):
