@@ -326,9 +326,9 @@ class FlowPolicy(AbstractFlowPolicy):
 
         - `ValueError` if the velocity field returns anything but an array like `x`.
         """
-        return self._given(observation)(t, x)
+        return self.given(observation)(t, x)
 
-    def _given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
+    def given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
         """The velocity at one observation, which is encoded here and not at every call."""
         field = given(self.velocity_field, observation)
         return lambda t, x: self._checked(field(jnp.asarray(t, x.dtype), x), x)
@@ -363,11 +363,10 @@ class FlowPolicy(AbstractFlowPolicy):
 
         The point $x(1)$, not yet held to the bounds.
         """
-        velocity = self._given(observation)
-        return self._integrate(
+        velocity = self.given(observation)
+        return self.integrate(
             lambda t, x, args: velocity(t, x),
             noise,
-            noise.dtype,
             direction=1,
             solver=self.solver,
             stepsize_controller=self.stepsize_controller,
@@ -446,16 +445,15 @@ class FlowPolicy(AbstractFlowPolicy):
             tol = 1e-7 if action.dtype == jnp.float64 else 1e-5
             stepsize_controller = diffrax.PIDController(rtol=tol, atol=tol)
 
-        velocity = self._given(observation)
+        velocity = self.given(observation)
 
         def vector_field(t, state, args):
             x, _ = state
             return value_and_divergence(lambda y: velocity(t, y), x, probes)
 
-        x0, minus_integral = self._integrate(
+        x0, minus_integral = self.integrate(
             vector_field,
             (action, jnp.zeros((), action.dtype)),
-            action.dtype,
             direction=-1,
             solver=solver,
             stepsize_controller=stepsize_controller,
@@ -466,9 +464,20 @@ class FlowPolicy(AbstractFlowPolicy):
     def score(
         self, estimator: Callable[..., Action], observation: Observation, action: Action
     ) -> Action:
-        return estimator(self.path, self._given(observation), action)
+        return estimator(self.path, self.given(observation), action)
 
-    def _integrate(self, vector_field, y, dtype, *, direction, solver, stepsize_controller):
+    def integrate(
+        self,
+        vector_field: Callable[[Any, Any, Any], Any],
+        y: Any,
+        *,
+        direction: int,
+        solver: diffrax.AbstractSolver,
+        stepsize_controller: diffrax.AbstractStepSizeController,
+    ) -> Any:
+        """Integrates `vector_field(t, y, args)` from time 0 to 1, or back if `direction` is -1: for
+        quantities that evolve along with an action."""
+        dtype = jnp.result_type(*jax.tree.leaves(y))
         # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax
         # promotes a float32 state to float64.
         t0, t1 = (0, 1) if direction > 0 else (1, 0)

@@ -21,6 +21,17 @@ from ._costs import (
     ObservedInformation as ObservedInformation,
     ScoreOuterProduct as ScoreOuterProduct,
 )
+from ._log_ratio import (
+    AbstractLogRatio as AbstractLogRatio,
+    check_steps as check_steps,
+    DensityLogRatio as DensityLogRatio,
+    ExecutedLogRatio as ExecutedLogRatio,
+    has_executed_steps as has_executed_steps,
+    mean_log_ratio as mean_log_ratio,
+    PathLogRatio as PathLogRatio,
+    SteeredAction as SteeredAction,
+    SteeredPair as SteeredPair,
+)
 from ._score import (
     AbstractScore as AbstractScore,
     PaperScore as PaperScore,

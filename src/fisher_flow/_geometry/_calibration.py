@@ -22,7 +22,7 @@ from .._linalg import (
     Whitening,
 )
 from .._trees import as_inexact, constant, random_rows
-from ._continuous_time import smallest_deviation
+from ._continuous_time import in_continuous_time, smallest_deviation
 from ._score import AbstractScore, grouped_score, PerturbedScore
 
 
@@ -454,6 +454,7 @@ def calibrate(
     if not has_open_score(method):
         return method
     draw_key, key = jr.split(key)
+    policy = in_continuous_time(policy, observations, key=draw_key)
     if actions is None:
         observations, actions = _draw(policy.flow_policy, observations, draw_key)
     score = calibrate_score(policy, observations, actions, key=key)

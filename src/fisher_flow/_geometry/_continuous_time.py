@@ -78,6 +78,8 @@ def in_continuous_time(
     as it is.
     """
     flow = policy.flow_policy
+    if not isinstance(flow, FlowPolicy):  # a steered one, whose densities are those of its steps
+        return policy
     leaves = jax.tree.leaves(eqx.filter((flow, observations), eqx.is_array))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return policy

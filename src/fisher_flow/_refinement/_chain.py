@@ -13,7 +13,7 @@ from .._geometry import calibrate, TransportKL
 from ._certify import Certificate, certify
 from ._executed_critic import check_critic
 from ._fidelity import checked_held_out
-from ._method import AbstractRefinement, method_example
+from ._method import AbstractTransport, method_example
 from ._natural_step import NaturalStep
 from ._refine import refine
 from ._refined_policy import RefinedPolicy
@@ -109,7 +109,7 @@ def _row(name: str, report: Certificate) -> str:
 def refine_chain(
     policy: Any,
     critic: Critic,
-    method: AbstractRefinement = NaturalStep(),
+    method: AbstractTransport = NaturalStep(),
     *,
     num_steps: int = 4,
     observations: PyTree[Any],
@@ -162,7 +162,7 @@ def refine_chain(
     """
     refined = as_flow_policy(policy)
     check_critic(critic)
-    check_instance("method", method, AbstractRefinement, method_example(method))
+    check_instance("method", method, AbstractTransport, method_example(method))
     check_positive_integer("num_steps", num_steps, 4)
     batch_length("observations", observations)
     if actions is not None:

@@ -12,14 +12,20 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike, UInt32
 from .._checks import batch_length, check_at_least, check_instance, check_positive_integer
 from .._custom_types import Action, Critic, Observation
 from .._flows import AbstractFlowPolicy
-from .._geometry import AbstractCost, AbstractMetric, ObservedInformation, TransportKL
+from .._geometry import (
+    AbstractCost,
+    AbstractMetric,
+    in_continuous_time,
+    ObservedInformation,
+    TransportKL,
+)
 from .._linalg import damped_solve
 from .._trees import constant, finite_or_zero, fold_in_values
 from ._executed_critic import critic_gradient
 from ._meet_radius import linearised_fields, meet_radius, over_batch, OverRows
 from ._method import (
     AbstractDisplacement,
-    AbstractRefinement,
+    AbstractTransport,
     check_method,
     draw_from_flow,
     measure_by,
@@ -29,7 +35,7 @@ from ._radius import scaled
 from ._refined_policy import RefinedPolicy
 
 
-class NaturalStep(AbstractRefinement):
+class NaturalStep(AbstractTransport):
     r"""A natural-gradient step in action space: refinement without training.
 
     $$\delta(a) = \eta\, \bigl(G(a) + \lambda \bar g I\bigr)^{-1} \nabla_a Q(o, a),$$
@@ -98,7 +104,8 @@ class NaturalStep(AbstractRefinement):
     ) -> RefinedPolicy:
         if observations is None:
             return RefinedPolicy(policy, critic, _StepPerState(self, jr.key_data(key)), self)
-        step, reached = _calibrated_step(policy, critic, self, observations, key)
+        measured = in_continuous_time(policy, observations, key=key)
+        step, reached = _calibrated_step(measured, critic, self, observations, key)
         return RefinedPolicy(policy, critic, step, self, reached)
 
 

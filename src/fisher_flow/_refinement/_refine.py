@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._checks import batch_length, check_equal_lengths, check_instance
 from .._custom_types import Critic
 from .._flows import as_flow_policy
-from .._geometry import calibrate, in_continuous_time, with_flow
+from .._geometry import calibrate
 from ._executed_critic import check_critic
 from ._method import AbstractRefinement, method_example
 from ._natural_step import NaturalStep
@@ -53,8 +53,8 @@ def refine(
         not modified.
     - `critic`: called as `critic(observation, action)` for one sample; returns a scalar, of which
         more is better. Any differentiable function.
-    - `method`: how to refine: [`fisher_flow.NaturalStep`][], which needs no training, or
-        [`fisher_flow.Residual`][], which trains a network.
+    - `method`: how to refine: [`fisher_flow.NaturalStep`][] and [`fisher_flow.Steering`][], which
+        need no training, or [`fisher_flow.Residual`][], which trains a network.
 
     **Other arguments:**
 
@@ -68,9 +68,10 @@ def refine(
 
     **Returns:**
 
-    A [`fisher_flow.RefinedPolicy`][]. Its actions with a radius of zero are those of the base
-    policy, bit for bit. `refined.reached` tells the KL that was met, and whether folds forbade
-    more; it is `None` where the length is settled anew at every observation.
+    A [`fisher_flow.RefinedPolicy`][], or by `Steering` a [`fisher_flow.SteeredPolicy`][]. Its
+    actions with a radius of zero are those of the base policy, bit for bit. `refined.reached` tells
+    the KL that was met, and whether something forbade more; it is `None` where the length is
+    settled anew at every observation.
 
     **Raises:**
 
@@ -105,8 +106,5 @@ def refine(
         check_equal_lengths(observations=observations, actions=actions)
     if observations is not None:
         batch_length("observations", observations)
-        flow = policy.flow_policy
-        policy = in_continuous_time(policy, observations, key=calibration_key)
         method = calibrate(method, policy, observations, actions, calibration_key)
-        return with_flow(method.fit(policy, critic, observations, key=fit_key), flow)
     return method.fit(policy, critic, observations, key=fit_key)

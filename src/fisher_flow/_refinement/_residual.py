@@ -15,14 +15,14 @@ from .._checks import check_at_least, check_positive_integer
 from .._custom_types import Action, Critic, Observation
 from .._fit import apply_gradient, fit
 from .._flows import AbstractFlowPolicy
-from .._geometry import AbstractCost, FisherRao, TransportKL
+from .._geometry import AbstractCost, FisherRao, in_continuous_time, TransportKL
 from .._networks import AbstractEncoder, zero_network
 from .._trees import finite_or_zero, random_rows
 from ._executed_critic import critic_gradient
 from ._meet_radius import linearised_fields, meet_radius, over_batch
 from ._method import (
     AbstractDisplacement,
-    AbstractRefinement,
+    AbstractTransport,
     check_method,
     draw_from_flow,
     measure_by,
@@ -32,7 +32,7 @@ from ._radius import scaled
 from ._refined_policy import RefinedPolicy
 
 
-class Residual(AbstractRefinement):
+class Residual(AbstractTransport):
     r"""A trained residual network: the refinement of the Fisher Decorator paper.
 
     The network $\delta_\theta(o, a)$ minimises
@@ -150,7 +150,8 @@ class Residual(AbstractRefinement):
             progress=self.progress,
             description=f"residual, {type(self.metric).__name__}",
         )
-        scale, reached = _final_scale(self, policy, network, observations, calibration_key)
+        measured = in_continuous_time(policy, observations, key=calibration_key)
+        scale, reached = _final_scale(self, measured, network, observations, calibration_key)
         displacement = NetworkDisplacement(network, scale)
         return RefinedPolicy(policy, critic, displacement, self, reached)
 
