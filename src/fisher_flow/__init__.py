@@ -120,6 +120,8 @@ from ._refinement import (
     Steering as Steering,
     TiltedAction as TiltedAction,
     TimeWeighted as TimeWeighted,
+    Verdict as Verdict,
+    Witness as Witness,
 )
 from ._training import (
     fine_tune as fine_tune,

@@ -25,6 +25,8 @@ from ._log_ratio import (
     AbstractLogRatio as AbstractLogRatio,
     check_steps as check_steps,
     DensityLogRatio as DensityLogRatio,
+    executed_draw as executed_draw,
+    executed_log_prob as executed_log_prob,
     ExecutedLogRatio as ExecutedLogRatio,
     has_executed_steps as has_executed_steps,
     mean_log_ratio as mean_log_ratio,

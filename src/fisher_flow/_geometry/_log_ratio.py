@@ -1,7 +1,7 @@
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -369,44 +369,89 @@ class ExecutedLogRatio(AbstractLogRatio):
         del observation, key
         check_steps(flow)
         noise = as_inexact(noise)
-        ts = jnp.linspace(0, 1, flow.num_steps + 1, dtype=noise.dtype)
+        steered_velocity = lambda t, x: sum(steered(t, x), jnp.zeros_like(x))
+        action, log_q, points = executed_draw(flow, steered_velocity, noise)
+        log_p = executed_log_prob(
+            flow, lambda t, x: steered(t, x)[0], action, points, max_steps=self.max_steps
+        )
+        return SteeredAction(action, log_q - log_p)
 
-        def step(pair, parts, ends, x):
-            field = lambda t, x, args: sum(pair(t, x)[:parts])
-            return _runge_kutta_step(flow.solver, field, *ends, x)
 
-        def forward(carry, ends):
-            x, log_det = carry
-            y, J = value_and_jacobian(lambda x: step(steered, 2, ends, x), x)
-            return (y, log_det + _log_det(J)), x
+def executed_draw(
+    flow: FlowPolicy, velocity: Callable[[Scalar, Action], Action], noise: Action
+) -> tuple[Action, Scalar, Float[Array, "points ..."]]:
+    """The action that the steps of a sampler make of a noise.
 
-        ends = ts[:-1], ts[1:]
-        zero = jnp.zeros((), noise.dtype)
-        (action, log_det_q), points = lax.scan(forward, (noise, zero), ends)
+    **Arguments:**
 
-        frozen = eqx.filter_closure_convert(steered, ts[0], noise)
-        frozen = constant(frozen)
+    - `flow`: a flow with steps of equal length, whose solver is used.
+    - `velocity`: the velocity to follow, a function of a time and a point.
+    - `noise`: the point to start from.
 
-        def backward(carry, row):
-            y, log_det = carry
-            ends, guess, arrived = row
-            x = _inverse_step(
-                lambda x: step(frozen, 1, ends, x),
-                lax.stop_gradient(y),
-                lax.stop_gradient(guess + y - arrived),
-                self.max_steps,
-            )
-            # One more Newton step: it has the derivatives of the inverse, which the search has not.
-            moved, J = value_and_jacobian(lambda x: step(steered, 1, ends, x), x)
-            x = x - jnp.linalg.solve(lax.stop_gradient(J), (moved - y).reshape(-1)).reshape(x.shape)
-            _, J = value_and_jacobian(lambda x: step(steered, 1, ends, x), x)
-            return (x, log_det + _log_det(J)), None
+    **Returns:**
 
-        arrivals = jnp.concatenate([points[1:], action[None]])
-        rows = ends, points, arrivals
-        (origin, log_det_p), _ = lax.scan(backward, (action, zero), rows, reverse=True)
-        log_ratio = (_log_normal(noise) - log_det_q) - (_log_normal(origin) - log_det_p)
-        return SteeredAction(action, log_ratio)
+    - The action.
+    - Its log-density under these steps; NaN where one of them folds.
+    - The points on the way, from the noise to the action.
+    """
+    ts = jnp.linspace(0, 1, flow.num_steps + 1, dtype=noise.dtype)
+
+    def forward(carry, ends):
+        x, log_det = carry
+        y, J = value_and_jacobian(lambda x: _step(flow, velocity, ends, x), x)
+        return (y, log_det + _log_det(J)), x
+
+    zero = jnp.zeros((), noise.dtype)
+    (action, log_det), points = lax.scan(forward, (noise, zero), (ts[:-1], ts[1:]))
+    return action, _log_normal(noise) - log_det, jnp.concatenate([points, action[None]])
+
+
+def executed_log_prob(
+    flow: FlowPolicy,
+    velocity: Callable[[Scalar, Action], Action],
+    action: Action,
+    points: Float[Array, "points ..."],
+    *,
+    max_steps: int = 24,
+) -> Scalar:
+    """The log-density, under the steps of a sampler, of an action that other steps have made.
+
+    The steps are inverted from the end to the beginning, each by Newton's method.
+
+    **Arguments:**
+
+    - `flow`, `velocity`: as for `executed_draw`.
+    - `action`: where to evaluate the density.
+    - `points`: the points on the way to an action nearby, where the search starts.
+    - `max_steps`: the number of steps after which Newton's method gives up.
+
+    **Returns:**
+
+    The log-density; NaN where a step folds or no noise is found.
+    """
+    ts = jnp.linspace(0, 1, flow.num_steps + 1, dtype=action.dtype)
+    frozen = constant(eqx.filter_closure_convert(velocity, ts[0], action))
+
+    def backward(carry, row):
+        y, log_det = carry
+        ends, guess, arrived = row
+        x = _inverse_step(
+            lambda x: _step(flow, frozen, ends, x),
+            lax.stop_gradient(y),
+            lax.stop_gradient(guess + y - arrived),
+            max_steps,
+        )
+        # One more Newton step: it has the derivatives of the inverse, which the search has not.
+        moved, J = value_and_jacobian(lambda x: _step(flow, velocity, ends, x), x)
+        shift: Array = jnp.linalg.solve(lax.stop_gradient(J), (moved - y).reshape(-1))
+        x = x - shift.reshape(x.shape)
+        _, J = value_and_jacobian(lambda x: _step(flow, velocity, ends, x), x)
+        return (x, log_det + _log_det(J)), None
+
+    zero = jnp.zeros((), action.dtype)
+    rows = (ts[:-1], ts[1:]), points[:-1], points[1:]
+    (origin, log_det), _ = lax.scan(backward, (action, zero), rows, reverse=True)
+    return _log_normal(origin) - log_det
 
 
 def check_steps(flow: FlowPolicy) -> None:
@@ -428,7 +473,10 @@ def has_executed_steps(flow: FlowPolicy) -> bool:
 
 
 def mean_log_ratio(
-    log_ratios: Float[Array, " actions"], controls: Float[Array, " actions"] | None = None
+    log_ratios: Float[Array, " actions"],
+    controls: Float[Array, " actions"] | None = None,
+    *,
+    minus: Float[Array, " actions"] | None = None,
 ) -> tuple[Scalar, Scalar]:
     r"""The mean of log-ratios, which is a KL, with most of its noise taken away.
 
@@ -447,6 +495,11 @@ def mean_log_ratio(
     - `controls`: further numbers whose mean is zero, such as those of
         [`fisher_flow.PathLogRatio`][]`.control`, to use instead of $e^{-r} - 1$.
 
+    **Other arguments:**
+
+    - `minus`: another estimate of the same KL, one number an action. Then the mean of the
+        difference is returned, and what both have in common is not in its error.
+
     **Returns:**
 
     - The mean in nats.
@@ -462,8 +515,10 @@ def mean_log_ratio(
     mean = lambda x: jnp.sum(jnp.where(known, x, 0)) / count
     centred = c - mean(c)
     variance = mean(centred**2)
+    if minus is not None:
+        r = r - jnp.where(known, minus, 0)
     slope = -mean(r * centred) / jnp.where(variance > 0, variance, 1)
-    if controls is None:
+    if controls is None and minus is None:
         # Between 0 and 1 every term is that of a divergence, and few heavy weights do no harm.
         slope = jnp.clip(slope, 0, 1)
     values = r + lax.stop_gradient(slope) * c
@@ -489,14 +544,17 @@ def _log_normal(x) -> Scalar:
 
 def _log_det(J) -> Scalar:
     sign, log_det = jnp.linalg.slogdet(J)
-    return jnp.where(sign > 0, log_det, jnp.nan)
+    known: Array = jnp.where(sign > 0, log_det, jnp.nan)
+    return known
 
 
-def _runge_kutta_step(solver: Any, field, t0, t1, x) -> Action:
+def _step(flow, velocity, ends, x) -> Action:
+    """The point to which one step of the solver carries `x`."""
+    (t0, t1), solver = ends, flow.solver
     if hasattr(solver, "scan_kind"):
         # The loop over its stages, so that both modes of differentiation pass.
         solver = eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=lambda x: x is None)
-    terms = diffrax.ODETerm(field)
+    terms = diffrax.ODETerm(lambda t, x, args: velocity(t, x))
     state = solver.init(terms, t0, t1, x, None)
     y, *_ = solver.step(terms, t0, t1, x, None, state, made_jump=jnp.asarray(False))
     return y

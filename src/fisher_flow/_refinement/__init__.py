@@ -1,5 +1,6 @@
 from ._absorb import absorb as absorb
-from ._certify import Certificate as Certificate, certify as certify
+from ._certificate import Certificate as Certificate, Verdict as Verdict
+from ._certify import certify as certify
 from ._chain import refine_chain as refine_chain, RefinementChain as RefinementChain
 from ._distill import distill as distill
 from ._exact_resample import ExactResample as ExactResample
@@ -28,3 +29,4 @@ from ._selections import (
     Resample as Resample,
 )
 from ._steering import SteeredPolicy as SteeredPolicy, Steering as Steering
+from ._witness import Witness as Witness

@@ -45,9 +45,10 @@ class AbstractDisplacement(eqx.Module):
 
 
 class AbstractRefinement(eqx.Module):
-    """Abstract base class for the ways to improve a policy: the `method` of `refine`."""
+    """Abstract base class for the ways to improve a policy: the `method` of `refine`.
 
-    radius: AbstractVar[ScalarLike]
+    It has a `radius`: the KL to spend, in nats.
+    """
 
     @abc.abstractmethod
     def fit(
@@ -77,6 +78,7 @@ class AbstractTransport(AbstractRefinement):
     """Abstract base class for the ways to find a displacement of actions."""
 
     metric: AbstractVar[AbstractCost]
+    radius: AbstractVar[ScalarLike]
     measure: AbstractVar[TransportKL]
     max_folded: AbstractVar[ScalarLike]
 

@@ -18,9 +18,11 @@ from .._geometry import (
     in_continuous_time,
     ObservedInformation,
     TransportKL,
+    with_flow,
 )
 from .._linalg import damped_solve
 from .._trees import constant, finite_or_zero, fold_in_values
+from ._correct_length import correct_length
 from ._executed_critic import critic_gradient
 from ._meet_radius import linearised_fields, meet_radius, over_batch, OverRows
 from ._method import (
@@ -68,6 +70,7 @@ class NaturalStep(AbstractTransport):
     max_folded: ScalarLike = 0.01
     num_auxiliary: int = eqx.field(static=True, default=64)
     num_calibration: int = eqx.field(static=True, default=16_384)
+    num_witnesses: int = eqx.field(static=True, default=512)
     solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True)
     measure: TransportKL = None  # pyright: ignore
 
@@ -106,7 +109,9 @@ class NaturalStep(AbstractTransport):
             return RefinedPolicy(policy, critic, _StepPerState(self, jr.key_data(key)), self)
         measured = in_continuous_time(policy, observations, key=key)
         step, reached = _calibrated_step(measured, critic, self, observations, key)
-        return RefinedPolicy(policy, critic, step, self, reached)
+        refined = RefinedPolicy(measured, critic, step, self, reached)
+        refined = correct_length(refined, observations, self.num_witnesses, key=key)
+        return with_flow(refined, policy.flow_policy)
 
 
 NaturalStep.__init__.__doc__ = r"""**Arguments:**
@@ -127,6 +132,8 @@ NaturalStep.__init__.__doc__ = r"""**Arguments:**
 - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
     the length of the step there.
 - `num_calibration`: with observations, the number of actions drawn to settle it once.
+- `num_witnesses`: with observations, the number of actions on which the KL is then measured anew by
+    densities, as `certify` does, and the length corrected; 0 for none.
 - `solver`: any Lineax solver for symmetric positive definite operators. Actions of more
     than 32 entries need none: `ObservedInformation` solves in its own small space.
 - `measure`: how the KL is measured. By default with the score of the metric.
