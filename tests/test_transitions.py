@@ -411,7 +411,6 @@ def many(convert, rows=9):
         (lambda: columns_of([[1.0, 2.0], [1.0]] * 2), r"NumPy makes none.*Give all rows one shape"),
         (lambda: columns_of({1.0, 2.0}), r"of type `set`.*np.stack\(list"),
         (lambda: columns_of(["go", "stop"] * 2), r"`observations` .* strings.*np.unique"),
-        (lambda: columns_of({"a": np.ones(4), 1: np.ones(4)}), r"keys of one type.*str\(key\)"),
         (lambda: columns_of({"arm": object()}), r"`observations\['arm'\]`.*type `object`"),
         (
             lambda: columns_of(np.ma.masked_array(np.ones(4), [0, 1, 0, 0])),

@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ def open_whole(path: Path, kind: str, open_file: Callable[[Path], Any]) -> Any:
 
 
 def read_columns(
-    path: Path, file: Mapping[str, Any], required: Collection[str], optional: Collection[str] = ()
+    path: Path, file: Any, required: Collection[str], optional: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
     """The columns of an open file, checked for names, lengths and numbers that are not finite."""
     there = open_whole(path, "HDF5" if hasattr(file, "id") else ".npz", lambda _: [*file])
@@ -236,7 +236,7 @@ def _link(file: Any, name: str) -> str | None:
     return f"`{link.path}`{source}"
 
 
-def _read(path: Path, file: Mapping[str, Any], name: str) -> np.ndarray:
+def _read(path: Path, file: Any, name: str) -> np.ndarray:
     """One column of an open file, of numbers."""
     try:
         entry = file[name]
