@@ -413,7 +413,7 @@ def many(convert, rows=9):
         (lambda: columns_of(["go", "stop"] * 2), r"`observations` .* strings.*np.unique"),
         (lambda: columns_of({"arm": object()}), r"`observations\['arm'\]`.*type `object`"),
         (
-            lambda: columns_of(np.ma.masked_array(np.ones(4), [0, 1, 0, 0])),
+            lambda: columns_of(np.ma.masked_equal(np.arange(4.0), 1)),
             r"no masked entries, but 1 of 4.*filled",
         ),
         (lambda: transitions(rewards=np.array(["1"] * 4)), r"`rewards` must be an array of real"),
@@ -434,7 +434,7 @@ def many(convert, rows=9):
         ),
         (
             lambda: transitions(masks=np.ones(4), ends=[False, False, True, True]).chunks(4, 0.9),
-            r"at least one whole chunk.*at most 3 rows",
+            r"at least one chunk.*at most 3 rows",
         ),
         (
             lambda: ff.Transitions.from_episodes([np.zeros(3)], [np.zeros(2)], [1.0], [True]),

@@ -227,7 +227,7 @@ def read_columns(
 def _link(file: Any, name: str) -> str | None:
     """Where a name of an HDF5 file links to."""
     try:
-        link = file.get(name, getlink=True) if hasattr(file, "id") else None
+        link: Any = file.get(name, getlink=True) if hasattr(file, "id") else None
     except _DAMAGE:
         return None
     if not hasattr(link, "path"):

@@ -384,7 +384,7 @@ class Transitions(eqx.Module):
         longest = int(np.max(np.bincount(last))) if len(self) else 0
         if horizon > longest:  # the last actions of a chunk would have been taken nowhere
             raise TooShortError(
-                "`horizon` must leave at least one whole chunk in a trajectory, but got "
+                "`horizon` must leave at least one chunk that lies within a trajectory, but got "
                 f"`{horizon}` for trajectories of at most {longest} rows. Write "
                 f"`horizon={max(1, longest // 2)}`."
             )
