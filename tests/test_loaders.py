@@ -675,7 +675,7 @@ def recorded(observation_space, action_space):
         (spaces.MultiBinary((2, 3)), [(2, 3)]),
         (spaces.Box(-np.inf, np.inf, ()), [()]),
         (spaces.Box(0, 255, (16, 16, 3), np.uint8), [(16, 16, 3)]),
-        (spaces.Box(np.arange(2, dtype=np.float32), np.arange(0, 4, 2, np.float32)), [(2,)]),
+        (spaces.Box(np.arange(2, dtype=np.float32), 2 * np.arange(2, dtype=np.float32)), [(2,)]),
         (spaces.Tuple((BOX, spaces.Dict(b=spaces.Discrete(3), a=BOX))), [(2,), (2,), ()]),
         (spaces.Dict({"z": BOX, "a": spaces.Tuple((BOX,))}), [(2,), (2,)]),
     ],

@@ -408,7 +408,10 @@ def many(convert, rows=9):
         (lambda: columns_of(np.ones(4, complex)), r"got dtype complex128.*\.real"),
         (lambda: columns_of(np.zeros(4, [("x", float), ("y", int)])), r"records.*dtype.names"),
         (lambda: columns_of(jax.random.split(jax.random.key(0), 4)), r"got dtype key<fry>"),
-        (lambda: columns_of([[1.0, 2.0], [1.0]] * 2), r"NumPy makes none.*Give all rows one shape"),
+        (
+            lambda: columns_of([[1.0, 2.0], [1.0]] * 2),
+            r"NumPy cannot convert.*Give all rows one shape",
+        ),
         (lambda: columns_of({1.0, 2.0}), r"of type `set`.*np.stack\(list"),
         (lambda: columns_of(["go", "stop"] * 2), r"`observations` .* strings.*np.unique"),
         (lambda: columns_of({"arm": object()}), r"`observations\['arm'\]`.*type `object`"),

@@ -48,7 +48,7 @@ def as_column(name: str, value: Any) -> Data:
         except Exception as error:  # whatever a library raises whose object this is
             raise ValueError(
                 f"`{name}` must be an array of numbers, or be convertible to one, but got "
-                f"`{short(value)}` of type `{type(value).__name__}`, of which NumPy makes none "
+                f"`{short(value)}` of type `{type(value).__name__}`, which NumPy cannot convert "
                 f"({short(str(error))}). {_advice_of_type(name, value)}"
             ) from error
         if column.dtype.kind == "O":
