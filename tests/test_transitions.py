@@ -408,13 +408,15 @@ def many(convert, rows=9):
         (lambda: columns_of(np.ones(4, complex)), r"got dtype complex128.*\.real"),
         (lambda: columns_of(np.zeros(4, [("x", float), ("y", int)])), r"records.*dtype.names"),
         (lambda: columns_of(jax.random.split(jax.random.key(0), 4)), r"got dtype key<fry>"),
-        (lambda: columns_of([[1.0, 2.0], [1.0]] * 2), r"NumPy makes none.*Give all rows one shape"),
+        (
+            lambda: columns_of([[1.0, 2.0], [1.0]] * 2),
+            r"cannot convert.*Give all rows",
+        ),
         (lambda: columns_of({1.0, 2.0}), r"of type `set`.*np.stack\(list"),
         (lambda: columns_of(["go", "stop"] * 2), r"`observations` .* strings.*np.unique"),
-        (lambda: columns_of({"a": np.ones(4), 1: np.ones(4)}), r"keys of one type.*str\(key\)"),
         (lambda: columns_of({"arm": object()}), r"`observations\['arm'\]`.*type `object`"),
         (
-            lambda: columns_of(np.ma.masked_array(np.ones(4), [0, 1, 0, 0])),
+            lambda: columns_of(np.ma.masked_equal(np.arange(4.0), 1)),
             r"no masked entries, but 1 of 4.*filled",
         ),
         (lambda: transitions(rewards=np.array(["1"] * 4)), r"`rewards` must be an array of real"),
@@ -435,7 +437,7 @@ def many(convert, rows=9):
         ),
         (
             lambda: transitions(masks=np.ones(4), ends=[False, False, True, True]).chunks(4, 0.9),
-            r"at least one whole chunk.*at most 3 rows",
+            r"at least one chunk.*at most 3 rows",
         ),
         (
             lambda: ff.Transitions.from_episodes([np.zeros(3)], [np.zeros(2)], [1.0], [True]),

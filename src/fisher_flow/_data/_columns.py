@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def as_column(name: str, value: Any) -> Data:
         except Exception as error:  # whatever a library raises whose object this is
             raise ValueError(
                 f"`{name}` must be an array of numbers, or be convertible to one, but got "
-                f"`{short(value)}` of type `{type(value).__name__}`, of which NumPy makes none "
+                f"`{short(value)}` of type `{type(value).__name__}`, which NumPy cannot convert "
                 f"({short(str(error))}). {_advice_of_type(name, value)}"
             ) from error
         if column.dtype.kind == "O":
@@ -198,7 +198,7 @@ def open_whole(path: Path, kind: str, open_file: Callable[[Path], Any]) -> Any:
 
 
 def read_columns(
-    path: Path, file: Mapping[str, Any], required: Collection[str], optional: Collection[str] = ()
+    path: Path, file: Any, required: Collection[str], optional: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
     """The columns of an open file, checked for names, lengths and numbers that are not finite."""
     there = open_whole(path, "HDF5" if hasattr(file, "id") else ".npz", lambda _: [*file])
@@ -227,7 +227,7 @@ def read_columns(
 def _link(file: Any, name: str) -> str | None:
     """Where a name of an HDF5 file links to."""
     try:
-        link = file.get(name, getlink=True) if hasattr(file, "id") else None
+        link: Any = file.get(name, getlink=True) if hasattr(file, "id") else None
     except _DAMAGE:
         return None
     if not hasattr(link, "path"):
@@ -236,7 +236,7 @@ def _link(file: Any, name: str) -> str | None:
     return f"`{link.path}`{source}"
 
 
-def _read(path: Path, file: Mapping[str, Any], name: str) -> np.ndarray:
+def _read(path: Path, file: Any, name: str) -> np.ndarray:
     """One column of an open file, of numbers."""
     try:
         entry = file[name]

@@ -219,8 +219,8 @@ def _read(path: Path, required: list[str], relabel: Any) -> dict[str, Any]:
 
 
 def _open(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
-        raise ValueError("not a ZIP archive")
+    with zipfile.ZipFile(path):  # NumPy would take anything else for a pickle, and not close it
+        pass
     return np.load(path, allow_pickle=False)
 
 

@@ -263,9 +263,9 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get("format") == _FORMAT else None
 
 
-def _open(folder: Path, layout: dict[str, Any], rows: int) -> Transitions:
+def _open(folder: Path, layout: Any, rows: Any) -> Transitions:
     known = [field.name for field in dataclasses.fields(Transitions)]
-    layout = {"action_masks": None} | layout  # which older folders do not have
+    layout = layout | {"action_masks": layout.get("action_masks")}  # not in older folders
     if sorted(layout) != sorted(known):
         raise ValueError(
             f"`{folder / _RECORD}` must have the columns {', '.join(known)}, but has "
@@ -279,7 +279,7 @@ def _open(folder: Path, layout: dict[str, Any], rows: int) -> Transitions:
     return jax.tree.unflatten(structure, jax.tree.leaves([columns[name] for name in known]))
 
 
-def _map(path: Path, rows: int) -> np.ndarray:
+def _map(path: Path, rows: Any) -> np.ndarray:
     try:
         column = np.load(path, mmap_mode="r", allow_pickle=False)
         problem = None if len(column) == rows else f"has {len(column)} rows, not {rows}"

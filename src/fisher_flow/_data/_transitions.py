@@ -310,7 +310,7 @@ class Transitions(eqx.Module):
         check_discount(discount)
         if num_steps > 1:
             self._require_order("to look several steps ahead")
-        # In goal-free play an episode terminates, by the masks of a task, in midst of a trajectory.
+        # In goal-free play an episode terminates, by the masks of a task, amid a trajectory.
         last = _last_rows(np.asarray(self.ends) | (np.asarray(self.masks) == 0))
         stop = np.minimum(np.arange(len(self)) + num_steps - 1, last)
         rewards, masks = self._returns(stop, num_steps, discount)
@@ -384,7 +384,7 @@ class Transitions(eqx.Module):
         longest = int(np.max(np.bincount(last))) if len(self) else 0
         if horizon > longest:  # the last actions of a chunk would have been taken nowhere
             raise TooShortError(
-                "`horizon` must leave at least one whole chunk in a trajectory, but got "
+                "`horizon` must leave at least one chunk that lies within a trajectory, but got "
                 f"`{horizon}` for trajectories of at most {longest} rows. Write "
                 f"`horizon={max(1, longest // 2)}`."
             )
@@ -395,7 +395,7 @@ class Transitions(eqx.Module):
             next_actions, reach = np.roll(actions, -1, axis=0), last - 1
         else:
             next_actions, reach = np.asarray(self.next_actions), last - (masks[last] == 0)
-        # As in `n_step`, a mask of 0 stops the rewards, in midst of a trajectory too.
+        # As in `n_step`, a mask of 0 stops the rewards, amid a trajectory too.
         stop = np.minimum(rows + horizon - 1, _last_rows(ends | (masks == 0)))
         stop = np.where(masks[stop] == 0, stop, np.minimum(stop, reach))
         keep = stop >= rows
