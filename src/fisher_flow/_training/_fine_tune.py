@@ -186,7 +186,7 @@ def fine_tune(
     )
     number, online = run.resume(
         [Online.begin(state, data, capacity, first) for state in trained.states],
-        **_described(trained, envs, normaliser, updates_per_step, online_share, capacity),
+        **_description(trained, envs, normaliser, updates_per_step, online_share, capacity),
     )
     made = [int(x.num_updates) for x in online]
     if max(made) > last:
@@ -220,7 +220,7 @@ def _capacity_in(folder: str | os.PathLike[str] | None, num_steps: int) -> int:
     return num_steps if recorded is None else int(recorded)
 
 
-def _described(trained, envs, normaliser, updates_per_step, online_share, capacity):
+def _description(trained, envs, normaliser, updates_per_step, online_share, capacity):
     """What else has to be the same for a run to go on."""
     return {
         "trained": f"{trained.num_updates} updates, checksum {checksum(trained.states)}",
