@@ -39,6 +39,16 @@ def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="the seed of `getkey`")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup` the tests of a file go to one worker: what they share is made once,
+    and so are the programs that they compile. A test that is slow by itself goes to any worker."""
+    for item in items:
+        alone = item.get_closest_marker("slow") or item.get_closest_marker("xdist_group")
+        if alone is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture
 def getkey(request):
     """A new `jax.random.key` at every call. The seed is shown when a test fails."""

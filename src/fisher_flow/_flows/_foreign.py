@@ -35,14 +35,6 @@ class BatchedVelocity(eqx.Module):
 
     network: Callable[[Any, Any, Any], Any]
 
-    def __init__(self, network: Callable[[Any, Any, Any], Any]):
-        """**Arguments:**
-
-        - `network`: called as `network(t, x, observation)`, with a leading axis of length 1 on
-            every array: `t` has shape `(1,)`.
-        """
-        self.network = network
-
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
         """The velocity of one sample, like `x`."""
         t, x, observation = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (t, x, observation))
@@ -54,6 +46,13 @@ class BatchedVelocity(eqx.Module):
                 "`FlowPolicy(network, action_shape)`, without `BatchedVelocity`."
             )
         return v[0]
+
+
+BatchedVelocity.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(t, x, observation)`, with a leading axis of length 1 on every array:
+    `t` has shape `(1,)`.
+"""
 
 
 def check_inference(name: str, network: Any) -> None:

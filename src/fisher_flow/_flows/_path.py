@@ -210,18 +210,12 @@ class VariancePreservingPath(AbstractAffineGaussianPath):
         ```
     """
 
-    beta_min: ScalarLike
-    beta_max: ScalarLike
+    beta_min: ScalarLike = 0.1
+    beta_max: ScalarLike = 20.0
 
-    def __init__(self, beta_min: ScalarLike = 0.1, beta_max: ScalarLike = 20.0):
-        r"""**Arguments:**
-
-        - `beta_min`, `beta_max`: the rates $\beta_0$ and $\beta_1$ at which noise is added.
-        """
-        check_at_least("beta_min", beta_min, 0, 0.1)
-        check_at_least("beta_max", beta_max, 0, 20.0)
-        self.beta_min = beta_min
-        self.beta_max = beta_max
+    def __check_init__(self):
+        check_at_least("beta_min", self.beta_min, 0, 0.1)
+        check_at_least("beta_max", self.beta_max, 0, 20.0)
 
     def _log_alpha(self, t: Scalar) -> Scalar:
         s = 1 - t
@@ -234,3 +228,9 @@ class VariancePreservingPath(AbstractAffineGaussianPath):
     def sigma(self, t: Scalar) -> Scalar:
         # The floor keeps the derivative finite at time 1.
         return jnp.sqrt(jnp.maximum(-jnp.expm1(2 * self._log_alpha(t)), 1e-12))
+
+
+VariancePreservingPath.__init__.__doc__ = r"""**Arguments:**
+
+- `beta_min`, `beta_max`: the rates $\beta_0$ and $\beta_1$ at which noise is added.
+"""
