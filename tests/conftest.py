@@ -35,6 +35,13 @@ class _GetKey:
         return f"GetKey(seed={self.seed})"
 
 
+def pytest_collection_finish():
+    """Tracing makes many objects that live on, and the collector would walk them all every time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="the seed of `getkey`")
 

@@ -94,19 +94,23 @@ def agents(**sizes):
     ]
 
 
-def policies(dtype, **options):
-    """Every policy, on actions of two entries."""
-    flow = shifted_policy(correlated(dtype), **options)
-    critic = Critic([0.8, -0.5], dtype)
-    step = natural_step(dtype, num_calibration=64, num_auxiliary=4)
-    normaliser = ff.Normaliser(jnp.ones(2, dtype), jnp.full(2, 2, dtype))
-    return [
-        flow,
-        ff.OneStepPolicy(lambda o, z: o + 2 * z, (2,), dtype=dtype, **options),
-        ff.refine(flow, critic, step),
-        *(make(flow, critic, 4) for make in selections.values()),
-        ff.NormalisedPolicy(flow, normaliser),
-    ]
+# Every policy, as a function of a flow policy and a critic, on two entries of an action.
+policies = {
+    "FlowPolicy": lambda flow, critic: flow,
+    "OneStepPolicy": lambda flow, critic: ff.OneStepPolicy(
+        lambda o, z: o + 2 * z, (2,), bounds=flow.bounds, dtype=critic.linear.dtype
+    ),
+    "RefinedPolicy": lambda flow, critic: ff.refine(
+        flow, critic, natural_step(critic.linear.dtype, num_auxiliary=4)
+    ),
+    "NormalisedPolicy": lambda flow, critic: ff.NormalisedPolicy(
+        flow, ff.Normaliser(jnp.ones_like(critic.linear), jnp.full_like(critic.linear, 2))
+    ),
+    **{
+        name: lambda flow, critic, make=make: make(flow, critic, 4)
+        for name, make in selections.items()
+    },
+}
 
 
 def tree_allclose(x, y, *, rtol=1e-5, atol=1e-8):
@@ -225,7 +229,8 @@ class ShiftedVelocity(eqx.Module):
 
 
 class Critic(eqx.Module):
-    """offset + scale · (linear · u - ½ curvature |u|²), u = a - o; all zero but `linear` at first.
+    """offset + scale · (linear · u - ½ curvature |u|² + waves Σ sin(1.5 u)), u = a - o; all but
+    `linear` are zero at first.
 
     Its gradient, but not its value, is NaN where the first entry of the action is beyond `cutoff`.
     The numbers are arrays, so that critics which differ in them share one compilation.
@@ -235,16 +240,20 @@ class Critic(eqx.Module):
     scale: jax.Array
     offset: jax.Array
     curvature: jax.Array
+    waves: jax.Array
     cutoff: jax.Array
 
-    def __init__(self, linear, dtype, *, scale=1.0, offset=0.0, curvature=0.0, cutoff=jnp.inf):
-        self.linear, self.scale, self.offset, self.curvature, self.cutoff = (
-            jnp.asarray(x, dtype) for x in (linear, scale, offset, curvature, cutoff)
+    def __init__(
+        self, linear, dtype, *, scale=1.0, offset=0.0, curvature=0.0, waves=0.0, cutoff=jnp.inf
+    ):
+        self.linear, self.scale, self.offset, self.curvature, self.waves, self.cutoff = (
+            jnp.asarray(x, dtype) for x in (linear, scale, offset, curvature, waves, cutoff)
         )
 
     def __call__(self, observation, action):
         u = action - observation
         value = jnp.sum(self.linear * u) - 0.5 * self.curvature * jnp.sum(u**2)
+        value = value + self.waves * jnp.sum(jnp.sin(1.5 * u))
         first: jax.Array = action.reshape(-1)[0]
         # The square root has no derivative at zero.
         root = jnp.sqrt(jnp.where(first > self.cutoff, 0 * first, jnp.ones_like(first)))

@@ -1,8 +1,8 @@
 """Runs every Python block of the README, of the documentation and of the docstrings.
 
-The blocks of one page run in order, in a namespace and a folder of their own: what a reader gets who
-pastes them one after the other. The pages share two interpreters, since starting one and compiling
-the same small programs again takes longer than most pages do.
+The blocks of one page run in order, in a namespace and a folder of their own: what a reader gets
+who pastes them one after the other. The pages share two interpreters: to start one, and to compile
+the same small programs again, takes longer than most pages do.
 """
 
 import functools

@@ -104,9 +104,3 @@ def test_dtype_and_key(trained):
 
 def refined_displacement(refined, action):
     return refined.displacement(jnp.zeros(2, jnp.float32), action)
-
-
-def test_zero_radius_is_the_identity(trained, getkey):
-    policy, refined = train(trained[2], radius=0.0)
-    o, key = jnp.zeros(2, jnp.float32), getkey()
-    assert np.array_equal(refined.sample(o, key=key), policy.sample(o, key=key))

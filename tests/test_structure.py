@@ -223,16 +223,17 @@ def test_no_function_is_long():
 
 def _lists_of_laws():
     """The classes in each list of `helpers.py`, and the class that they are of."""
-    critic, sizes = lambda o, a: a.sum(), dict(width_size=8, depth=1)
-    policies = helpers.policies(jnp.float32)
+    sizes = dict(width_size=8, depth=1)
+    flow = helpers.shifted_policy(helpers.correlated(jnp.float32))
+    critic = helpers.Critic([0.8, -0.5], jnp.float32)
     yield fisher_flow.AbstractAffineGaussianPath, helpers.paths
     yield fisher_flow.AbstractScore, helpers.scores
     yield fisher_flow.AbstractCost, [make(helpers.scores[0]) for make in helpers.costs.values()]
     yield fisher_flow.AbstractRefinement, [make(0.1) for make in helpers.refinements.values()]
     yield fisher_flow.AbstractEncoder, helpers.encoders
     yield fisher_flow.AbstractAgent, helpers.agents(**sizes)
-    yield fisher_flow.AbstractPolicy, policies
-    selections = [make(policies[0], critic, 2) for make in helpers.selections.values()]
+    yield fisher_flow.AbstractPolicy, [make(flow, critic) for make in helpers.policies.values()]
+    selections = [make(flow, critic, 2) for make in helpers.selections.values()]
     yield fisher_flow.AbstractSelection, selections
     critics = [make(**sizes) for make in helpers.critic_learnings.values()]
     yield fisher_flow.AbstractCriticLearning, critics

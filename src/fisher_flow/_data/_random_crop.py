@@ -10,11 +10,11 @@ from ._transitions import Transitions
 
 
 class RandomCrop(eqx.Module):
-    """Shifts images at random, for the `augment` of [`fisher_flow.train`][]: each is padded at its
-    edges by their pixels, and cropped to its size at a place of its own.
+    """Shifts images at random, for the `augment` of [`fisher_flow.train`][]: each image is padded
+    by the pixels at its edges, and cropped to its size at a random place.
 
-    The two observations of a transition are cropped alike, as are the frames of a stack. What is
-    not an image, a leaf of dtype `uint8` with three or four axes, is left as it is.
+    The two observations of a transition are cropped alike, and so are the frames of a stack. An
+    image is a leaf of dtype `uint8` with three or four axes. Other leaves are left as they are.
 
     !!! example
 
@@ -32,8 +32,9 @@ class RandomCrop(eqx.Module):
 
     ??? cite "Reference"
 
-        The augmentation is that of DrQ. Three pixels and a probability of one half are those of
-        OGBench, which draws once for a whole batch where each transition is drawn for here.
+        DrQ introduced this augmentation. Three pixels and a probability of one half are the
+        settings of OGBench. OGBench draws once for a whole batch, and this class draws once for
+        each transition.
 
         ```bibtex
         @inproceedings{yarats2021image,
@@ -100,7 +101,7 @@ class RandomCrop(eqx.Module):
 RandomCrop.__init__.__doc__ = """**Arguments:**
 
 - `padding`: the number of pixels by which an image is shifted at most, either way.
-- `probability`: how likely a transition is cropped at all.
+- `probability`: the probability with which a transition is cropped.
 """
 
 

@@ -15,9 +15,9 @@ from .._custom_types import Action, Observation
 class BatchedVelocity(eqx.Module):
     """The velocity of a network that takes batches only, for one sample.
 
-    The network sees a batch of one; under `jax.vmap` the batches of one become one batch again, so
-    that nothing is lost. Layers that mix the samples of a batch, such as batch normalisation, must
-    be in inference mode.
+    The network sees a batch of one sample. Under `jax.vmap` these batches become one batch again,
+    so it is as fast as before. Layers that mix the samples of a batch, such as batch normalisation,
+    must be in inference mode.
 
     !!! example
 

@@ -112,7 +112,7 @@ class AbstractAffineGaussianPath(eqx.Module):
     def time_at_noise_ratio(self, ratio: ScalarLike) -> Scalar:
         r"""The time at which $\sigma / \alpha$ equals `ratio`; inverse of `noise_ratio`.
 
-        Found by bisection; override it where there is a closed form.
+        It is found by bisection. Override the method if there is a closed form.
         """
         ratio = lax.stop_gradient(jnp.asarray(ratio))
         ε = float(jnp.finfo(ratio.dtype).eps)
@@ -192,10 +192,10 @@ class VariancePreservingPath(AbstractAffineGaussianPath):
 
     $$\log \alpha(t) = -\tfrac14 s^2 (\beta_1 - \beta_0) - \tfrac12 s \beta_0, \qquad s = 1 - t.$$
 
-    Time is that of this library, with noise at 0; the diffusion time is $s$. At time 0 a trace of
-    the data is left, $\alpha = 0.007$ by default. At time 1 the velocity is infinite, though
-    integrable: use solvers with steps of a fixed size that do not evaluate it there, as Euler's,
-    and expect `log_prob` to be slow.
+    Time runs as everywhere in this library, with noise at 0; the diffusion time is $s$. At time 0 a
+    trace of the data is left, $\alpha = 0.007$ by default. At time 1 the velocity is infinite, and
+    its integral is finite: use a solver with steps of a fixed size that does not evaluate it there,
+    such as Euler's. `log_prob` is slow.
 
     ??? cite "Reference"
 

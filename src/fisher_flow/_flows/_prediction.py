@@ -43,7 +43,7 @@ class ReversedVelocity(eqx.Module):
         return -self.network(1 - t, x, observation)
 
     def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
-        """The same at one observation, which a network with a method `given` encodes once."""
+        """The same function at one observation. A network with a method `given` encodes it once."""
         return given_within(self, observation)
 
 
@@ -54,16 +54,19 @@ ReversedVelocity.__init__.__doc__ = """**Arguments:**
 
 
 class ReversedTime(eqx.Module):
-    """A network with noise at time 1, called with noise at time 0; for the predictions below."""
+    """A network that was trained with noise at time 1, as a network with noise at time 0.
+
+    It is the argument of [`fisher_flow.NoisePrediction`][] and of the other predictions.
+    """
 
     network: Network
 
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
-        """What the network says at time `1 - t`."""
+        """The output of the network at time `1 - t`."""
         return self.network(1 - t, x, observation)
 
     def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
-        """The same at one observation, which a network with a method `given` encodes once."""
+        """The same function at one observation. A network with a method `given` encodes it once."""
         return given_within(self, observation)
 
 
@@ -77,8 +80,8 @@ class AbstractPrediction(eqx.Module):
     r"""Abstract base class for velocities of networks that predict the data or the noise in
     $x_t = \alpha x_1 + \sigma x_0$.
 
-    From the means of both at a point, the velocity is $\dot\alpha x_1 + \dot\sigma x_0$. A network
-    with noise at time 1 is turned around by [`fisher_flow.ReversedTime`][].
+    With the means of both at a point, the velocity is $\dot\alpha x_1 + \dot\sigma x_0$. Wrap a
+    network with noise at time 1 in [`fisher_flow.ReversedTime`][].
     """
 
     network: AbstractVar[Network]
@@ -107,7 +110,7 @@ class AbstractPrediction(eqx.Module):
         return α_dot * data + σ_dot * noise
 
     def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
-        """The same at one observation, which a network with a method `given` encodes once."""
+        """The same function at one observation. A network with a method `given` encodes it once."""
         return given_within(self, observation)
 
 
