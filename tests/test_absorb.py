@@ -15,10 +15,7 @@ import fisher_flow as ff
 from fisher_flow._refinement._fidelity import measure_fidelity
 
 
-pytestmark = [
-    pytest.mark.xdist_group("absorb"),
-    pytest.mark.usefixtures("standard_promotion"),
-]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 observations = jnp.zeros((256, 2))
 linear = Critic([0.8, -0.5], jnp.float64)
 mean, covariance = np.asarray(correlated().means[0]), np.asarray(correlated().covariances[0])

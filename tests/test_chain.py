@@ -8,7 +8,6 @@ from helpers import affine_kl, correlated, Critic, gaussian, shifted_policy, tre
 import fisher_flow as ff
 
 
-pytestmark = pytest.mark.xdist_group("chain")
 g = np.array([0.8, -0.5])
 covariance = np.asarray(correlated().covariances[0])
 observations = jr.normal(jr.key(0), (256, 2))

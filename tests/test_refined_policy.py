@@ -12,10 +12,6 @@ from helpers import bimodal_1d, Critic, natural_step, shifted_policy, within
 import fisher_flow as ff
 
 
-# One worker, so that what the tests share is made once.
-pytestmark = pytest.mark.xdist_group("refined_policy")
-
-
 class _Nowhere(ff.AbstractDisplacement):
     """Folds the line at zero: a ↦ 1 + a², so that nothing is mapped to zero."""
 

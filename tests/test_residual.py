@@ -9,11 +9,7 @@ from helpers import correlated, Critic, ShiftedVelocity
 import fisher_flow as ff
 
 
-# One worker, so that what the tests share is made once.
-pytestmark = [
-    pytest.mark.usefixtures("standard_promotion"),
-    pytest.mark.xdist_group("residual"),
-]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 g = np.array([0.8, -0.5], np.float32)
 radius = 0.2
 
