@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 class EvenSteps(diffrax.AbstractStepSizeController[Any, Any]):
     """Steps to the ends of equal intervals, as `diffrax.StepTo` does.
 
-    That controller checks its times at run time by calling back into Python. These times need no
-    check, and without callbacks a sampler can be exported to a file and sharded over devices.
+    `diffrax.StepTo` checks its times at run time by calling back into Python. The times here need
+    no check. Without callbacks a sampler can be exported to a file and sharded over devices.
     """
 
     ts: Float[Array, " times"]

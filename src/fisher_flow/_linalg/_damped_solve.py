@@ -1,4 +1,4 @@
-"""Damped solves with a metric, of whatever kind it is.
+"""Damped solves with a metric of any kind.
 
 A value that is not finite passes through. `lineax.linear_solve` raises when a tangent is not
 finite, even with `throw=False`, and one action at which the critic is broken would end a whole
