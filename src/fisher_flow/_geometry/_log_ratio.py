@@ -544,8 +544,7 @@ def _log_normal(x) -> Scalar:
 
 def _log_det(J) -> Scalar:
     sign, log_det = jnp.linalg.slogdet(J)
-    known: Array = jnp.where(sign > 0, log_det, jnp.nan)
-    return known
+    return jnp.where(sign > 0, log_det, jnp.nan)
 
 
 def _step(flow, velocity, ends, x) -> Action:

@@ -87,9 +87,10 @@ def whiten_samples(
     # told apart from a wide one, and does not pass its rounding on to it. The entries are scaled
     # first: a factorisation keeps digits relative to the largest of them.
     order = jnp.argsort(-scale)
-    Z = jnp.where(varies, samples / safe, 0)[:, order] / n**0.5
+    Z = jnp.where(varies[None], samples / safe[None], 0)[:, order] / n**0.5
     R: Array = jnp.linalg.qr(Z, mode="r")  # pyright: ignore
-    R = jnp.sign(jnp.where(jnp.diagonal(R) == 0, 1, jnp.diagonal(R)))[:, None] * R
+    signs: Array = jnp.where(jnp.diagonal(R) < 0, -1, 1)
+    R = signs.astype(R.dtype)[:, None] * R
     used = jnp.diagonal(R) > ε
     # Directions in which the others already tell all stay out of both factors.
     R = jnp.where(used[:, None], R, 0)
