@@ -77,7 +77,9 @@ def whiten_samples(
     n, size = samples.shape
     ε = jnp.asarray(8 * jnp.finfo(samples.dtype).eps, samples.dtype)
     scale = jnp.sqrt(jnp.mean(samples**2, axis=0))
-    varies = scale > jnp.maximum(ε * (1 + magnitude), jnp.asarray(smallest, samples.dtype))
+    # Solvers, too, err by a share of what they solve for.
+    rounding = jnp.asarray(smallest, samples.dtype) * (1 + 3 * magnitude)
+    varies = scale > jnp.maximum(ε * (1 + magnitude), rounding)
     scale = jnp.where(varies, scale, 0)
     safe = jnp.where(varies, scale, 1)
     diagonal = jnp.where(varies, 1 / safe, 0)
