@@ -188,7 +188,7 @@ def test_densities_and_scores_agree(getkey):
     assert np.isclose(r, steered.log_prob(o, action) - policy.log_prob(o, action), atol=5e-3)
     step = 1e-3 * jnp.eye(2)
     log_prob = jax.vmap(lambda a: steered.log_prob(o, a))
-    numerical = (log_prob(action + step) - log_prob(action - step)) / 2e-3
+    numerical = (log_prob(action[None] + step) - log_prob(action[None] - step)) / 2e-3
     score = ff.PerturbedScore(time=0.98)(steered, o, action)
     assert np.allclose(score, numerical, rtol=0.02, atol=0.02)
 
