@@ -1,3 +1,5 @@
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,8 @@ import fisher_flow as ff
 
 
 def steering(radius=0.3, **options):
-    options = dict(num_calibration=256, num_auxiliary=64) | options
-    return ff.Steering(radius, **options)
+    settings: Any = dict(num_calibration=256, num_auxiliary=64) | options
+    return ff.Steering(radius, **settings)
 
 
 def drawn(policy, num, key, observation):
@@ -75,7 +77,7 @@ def test_every_moment_of_a_gaussian(potential, getkey):
     w = jnp.asarray([0.5, -0.3, 0.8])
     policy = base.policy(solver=diffrax.Heun(), num_steps=64)
     critic = Critic(w, jnp.float64)
-    method = steering(0.4, potential=potential)
+    method = steering(0.4, potential=potential, num_calibration=4096)
     steered = ff.refine(policy, critic, method, observations=observations(3))
     keys = jr.split(getkey(), 64)
     before = jax.vmap(lambda key: policy.draw(jnp.zeros(3), key=key))(keys)

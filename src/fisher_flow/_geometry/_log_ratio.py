@@ -375,7 +375,7 @@ class ExecutedLogRatio(AbstractLogRatio):
         frozen = frozen_flow.given(frozen_observation)
 
         def step(velocity, ends, x):
-            return _runge_kutta_step(flow.solver, velocity, *ends, x)
+            return _runge_kutta_step(flow.solver, velocity, ends[0], ends[1], x)
 
         def forward(carry, ends):
             x, log_det = carry
@@ -457,8 +457,8 @@ def mean_log_ratio(
     r = jnp.where(known, r, 0)
     c = jnp.expm1(-r) if controls is None else jnp.where(known, controls, 0)
     # A ratio that overflows tells nothing about the mean.
-    c = jnp.where(jnp.isfinite(c), c, 0)
-    mean = lambda x: jnp.sum(jnp.where(known, x, 0)) / count
+    c: Array = jnp.where(jnp.isfinite(c), c, jnp.zeros_like(c))
+    mean = lambda x: jnp.sum(x * known.astype(x.dtype)) / count
     centred = c - mean(c)
     variance = mean(centred**2)
     slope = -mean(r * centred) / jnp.where(variance > 0, variance, 1)
@@ -488,7 +488,7 @@ def _log_normal(x) -> Scalar:
 
 def _log_det(J) -> Scalar:
     sign, log_det = jnp.linalg.slogdet(J)
-    return jnp.where(sign > 0, log_det, jnp.nan)
+    return log_det + jnp.where(sign > 0, 0, jnp.nan)
 
 
 def _runge_kutta_step(solver: Any, field, t0, t1, x) -> Action:
@@ -541,4 +541,4 @@ def _inverse_step(step, target, guess, max_steps) -> tuple[Action, Array]:
     state = (jnp.asarray(0), guess, *linearised(guess), one)
     _, x, residual, J, _ = lax.while_loop(unfinished, body, state)
     # Rounding may keep the last steps above the tolerance.
-    return jnp.where(size(residual) <= 1e3 * tol, x, jnp.nan), J
+    return x + jnp.where(size(residual) <= 1e3 * tol, 0, jnp.nan), J

@@ -301,7 +301,7 @@ def _sigma_slope(critic, y, g, spread, averaged) -> Action:
     variance = jnp.vdot(g, spread)
     # The Jacobian of a learned velocity need not be positive: then the width is taken as zero.
     wide = variance > 0
-    u = jnp.where(wide, spread / jnp.sqrt(jnp.where(wide, variance, 1)), 0)
+    u: Any = jnp.where(wide, spread / jnp.sqrt(jnp.where(wide, variance, 1)), 0)
     (up, g_up), (down, g_down) = critic(y + u), critic(y - u)
     mean = 0.5 * (g_up + g_down) if averaged else g
     squared = jnp.sum(u**2)

@@ -13,7 +13,7 @@ from ._executed_critic import check_critic
 from ._method import AbstractRefinement, method_example
 from ._natural_step import NaturalStep
 from ._refined_policy import RefinedPolicy
-from ._steering import SteeredPolicy, Steering
+from ._steering import Steering
 
 
 def refine(
@@ -24,7 +24,7 @@ def refine(
     observations: PyTree[Any] | None = None,
     actions: Float[Array, "batch ..."] | None = None,
     key: PRNGKeyArray | None = None,
-) -> RefinedPolicy | SteeredPolicy:
+) -> Any:
     r"""Improves a flow policy by a critic, while staying within a KL of it.
 
     To first order this solves $\max_{\pi'} \mathbb E[Q]$ subject to
@@ -95,8 +95,10 @@ def refine(
     if isinstance(method, Steering):
         if observations is not None:
             batch_length("observations", observations)
-        method = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, method)
-        return method.fit(policy, critic, observations, key=jr.key(0) if key is None else key)
+        steering: Any = jax.tree.map(
+            lambda x: jnp.asarray(x) if isinstance(x, float) else x, method
+        )
+        return steering.fit(policy, critic, observations, key=jr.key(0) if key is None else key)
     check_instance("method", method, AbstractRefinement, method_example(method))
     if observations is None and actions is not None:
         raise ValueError(
@@ -112,5 +114,6 @@ def refine(
     if observations is not None:
         batch_length("observations", observations)
         method = calibrate(method, policy, observations, actions, calibration_key)
-    field = method.fit(policy, critic, observations, key=fit_key)
-    return RefinedPolicy(policy, critic, field, method)
+    field: Any = method.fit(policy, critic, observations, key=fit_key)
+    fitted: Any = method
+    return RefinedPolicy(policy, critic, field, fitted)
