@@ -23,14 +23,14 @@ class FreedVelocity(eqx.Module):
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
         return self.given(observation)(t, x)
 
-    def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
+    def given(self, observation: Observation) -> Callable[[Any, Any], Any]:
         velocity = given(self.flow.velocity_field, observation)
 
         def freed(t, x):
             α, σ = self.flow.path.alpha(t), self.flow.path.sigma(t)
             constants = constants_at(self.flow, observation, x)
             v = velocity(t, jnp.where(self.is_constant, α * constants + σ * x, x))
-            return jnp.where(self.is_constant, 0, v)
+            return jnp.where(self.is_constant, jnp.zeros_like(v), v)
 
         return freed
 
