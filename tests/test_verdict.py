@@ -93,7 +93,9 @@ def test_any_pair_of_flows():
     found = certify(policy, base=base)
     expected = gaussian_kl(mean, covariance, base_mean, base_covariance)
     assert np.isclose(found.kl, expected, rtol=0.1)
-    assert np.isclose(found.by_steps.kl, expected, rtol=0.1)
+    # A hundred and fifty Euler steps are nearly the flow.
+    allowed = 0.05 * expected + 4 * found.by_steps.kl_stderr
+    assert np.abs(found.by_steps.kl - expected) < allowed
 
 
 def test_a_policy_without_a_density_is_estimated():
