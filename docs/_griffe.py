@@ -30,8 +30,12 @@ class FieldConstructors(griffe.Extension):
 
 def _constructor(cls: ast.ClassDef, docstring: str) -> ast.stmt:
     positional, keyword_only = ["self"], []
+    after_marker = False
     for field in cls.body:
         if isinstance(field, ast.AnnAssign):
+            if ast.unparse(field.annotation) == "dataclasses.KW_ONLY":
+                after_marker = True
+                continue
             options, default = {}, field.value  # or those of `eqx.field(...)`
             match field.value:
                 case ast.Call(func=ast.Attribute(attr="field"), keywords=keywords):
@@ -40,8 +44,9 @@ def _constructor(cls: ast.ClassDef, docstring: str) -> ast.stmt:
             parameter = f"{ast.unparse(field.target)}: {ast.unparse(field.annotation)}"
             if default is not None:
                 parameter += f" = {ast.unparse(default)}"
+            is_keyword = after_marker or options.get("kw_only") == "True"
             if options.get("init") != "False":
-                (keyword_only if options.get("kw_only") == "True" else positional).append(parameter)
+                (keyword_only if is_keyword else positional).append(parameter)
     parameters = ", ".join([*positional, *(["*"] if keyword_only else []), *keyword_only])
     (function,) = ast.parse(f"def __init__({parameters}): {docstring!r}").body
     return function

@@ -145,10 +145,10 @@ def start(agent, batch, getkey):
     state = agent.init(batch, key=getkey())
     for name in (field.name for field in dataclasses.fields(state)):
         part = getattr(state, name)
-        if name == "target_critic":
-            part = perturbed(part, getkey())
-        elif hasattr(part, "model"):
+        if hasattr(part, "model"):
             part = eqx.tree_at(lambda p: p.model, part, perturbed(part.model, getkey()))
+        if hasattr(part, "target"):
+            part = eqx.tree_at(lambda p: p.target, part, perturbed(part.target, getkey()))
         state = eqx.tree_at(lambda s, name=name: getattr(s, name), state, part)
     return state
 
@@ -175,12 +175,12 @@ def test_one_step(batch, getkey):
     state = start(agent, batch, getkey)
     new, logs = eqx.filter_jit(agent.update)(state, batch, key=key)
 
-    q_bar = jax.vmap(lambda o, a: q_min(state.target_critic, o, a))
+    q_bar = jax.vmap(lambda o, a: q_min(state.critic.target, o, a))
     y = bellman(batch, q_bar(batch.next_observations, batch.next_actions))
     loss, gradient = grad(critic_loss, state.critic.model, batch, y)
     assert np.allclose(logs["critic_loss"], loss, rtol=1e-10)
     check_adam_step(parameters(state.critic.model), parameters(new.critic.model), gradient)
-    check_target_follows(state.target_critic, new.critic.model, new.target_critic)
+    check_target_follows(state.critic.target, new.critic.model, new.critic.target)
     loss, gradient = grad(flow_loss, state.flow.model, batch, key)
     assert np.allclose(logs["flow_loss"], loss, rtol=1e-10)
     check_adam_step(parameters(state.flow.model), parameters(new.flow.model), gradient)
@@ -193,7 +193,7 @@ def test_implicit_q_learning(batch, getkey):
 
     def value_loss(value):
         def one(o, a):
-            u = sg(q_min(state.target_critic, o, a)) - normed_mlp(value.network, o)
+            u = sg(q_min(state.critic.target, o, a)) - normed_mlp(value.network, o)
             return jnp.where(u > 0, 0.8, 0.2) * u**2
 
         return jnp.mean(jax.vmap(one)(batch.observations, batch.actions))
@@ -205,7 +205,7 @@ def test_implicit_q_learning(batch, getkey):
     loss, gradient = grad(critic_loss, state.critic.model, batch, bellman(batch, next_v))
     assert np.allclose(logs["critic_loss"], loss, rtol=1e-10)
     check_adam_step(parameters(state.critic.model), parameters(new.critic.model), gradient)
-    check_target_follows(state.target_critic, new.critic.model, new.target_critic)
+    check_target_follows(state.critic.target, new.critic.model, new.critic.target)
     _, gradient = grad(flow_loss, state.flow.model, batch, key)
     check_adam_step(parameters(state.flow.model), parameters(new.flow.model), gradient)
 
@@ -221,13 +221,13 @@ def test_flow_q_learning(normalise_q, batch, getkey):
 
     next_z = jax.vmap(lambda key: jr.normal(key, shape[1:], dtype))(jr.split(next_key, rows))
     next_a = jax.vmap(lambda o, z: clip(mlp(μ.network.mlp, o, z)))(batch.next_observations, next_z)
-    next_q = jax.vmap(lambda o, a: q_min(state.target_critic, o, a))(
+    next_q = jax.vmap(lambda o, a: q_min(state.critic.target, o, a))(
         batch.next_observations, next_a
     )
     loss, gradient = grad(critic_loss, state.critic.model, batch, bellman(batch, next_q))
     assert np.allclose(logs["critic_loss"], loss, rtol=1e-10)
     check_adam_step(parameters(state.critic.model), parameters(new.critic.model), gradient)
-    check_target_follows(state.target_critic, new.critic.model, new.target_critic)
+    check_target_follows(state.critic.target, new.critic.model, new.critic.target)
 
     z = jr.normal(noise_key, shape, dtype)
 
@@ -315,13 +315,13 @@ def test_fisher_decorator(make, cost_of_one, from_data, batch, getkey):
         a = jax.vmap(draw)(batch.observations, jr.split(base_key, rows))
         next_a = jax.vmap(draw)(batch.next_observations, jr.split(next_key, rows))
 
-    next_q = jax.vmap(lambda o, a: q_min(state.target_critic, o, clip(a + mlp(δ, o, a))))(
+    next_q = jax.vmap(lambda o, a: q_min(state.critic.target, o, clip(a + mlp(δ, o, a))))(
         batch.next_observations, next_a
     )
     loss, gradient = grad(critic_loss, state.critic.model, batch, bellman(batch, next_q))
     assert np.allclose(logs["critic_loss"], loss, rtol=1e-10)
     check_adam_step(parameters(state.critic.model), parameters(new.critic.model), gradient)
-    check_target_follows(state.target_critic, new.critic.model, new.target_critic)
+    check_target_follows(state.critic.target, new.critic.model, new.critic.target)
 
     cost_keys = jr.split(cost_key, rows)
 

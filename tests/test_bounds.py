@@ -82,9 +82,36 @@ def test_the_box_of_an_environment_will_do(getkey):
     assert np.max(actions) == 2 and np.min(actions) == -2
 
 
+@dtypes
+def test_a_locked_entry_is_its_constant(dtype, getkey):
+    low, high = np.array([-1, 0.3, -np.inf, 0]), np.array([2, 0.3, np.inf, 0])
+    box = gymnasium.spaces.Box(low, high, dtype=np.float64)
+    for bounds in ((low, high), box):
+        policy = ff.FlowPolicy(lambda t, x, o: 5 * x, (4,), bounds=bounds)
+        noise = jr.normal(getkey(), (50, 4), dtype)
+        actions = np.asarray(jax.vmap(policy.project)(100 * noise))
+        assert np.all(actions[:, 1] == dtype(0.3)) and np.all(actions[:, 3] == 0)
+        assert actions[:, 0].min() == -1 and actions[:, 0].max() == 2
+        assert np.abs(actions[:, 2]).max() > 100 and actions.dtype == dtype
+        slope = jax.jacobian(policy.project)(jnp.zeros(4, dtype))
+        assert np.diag(slope)[[0, 2]].tolist() == [1, 1] and np.isfinite(slope).all()
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
+        (
+            lambda: ff.TanhBounds((-1.0, 0.3), (1.0, 0.3)),
+            r"`low` must be below.*constant.*`bounds=\(low, high\)`, which clips",
+        ),
+        (
+            lambda: ff.FlowPolicy(lambda t, x, o: x, (2,), bounds=((1, 0), (0, 0))),
+            r"`bounds` must not have `low` above.*`bounds=\(0.0, 1.0\)`",
+        ),
+        (
+            lambda: ff.FlowPolicy(lambda t, x, o: x, (2,), bounds=(np.nan, 1)),
+            r"`bounds` must not have `low` above",
+        ),
         (lambda: ff.TanhBounds(-np.inf, 1.0), r"must be finite.*`bounds=None`"),
         (lambda: ff.TanhBounds(1.0, -1.0), r"`low` must be below `high`.*TanhBounds\(low, high\)"),
         (lambda: ff.TanhBounds(-1.0, 1.0, margin=0.0), r"`margin` must lie.*`margin=1e-4`"),

@@ -58,3 +58,34 @@ def test_values_of_a_small_decision_process(fit, capfd):
     assert np.allclose(values, [3, 4, 1], rtol=0.05)
     assert eqx.tree_equal(fit(jr.key(1))[0], critic), "the same key gives the same critic"
     assert capfd.readouterr() == ("", ""), "`progress=False` is silent"
+
+
+def test_other_numbers_do_not_compile_anew(standard_promotion):
+    traces = []
+
+    def counted(values):
+        traces.append(None)
+        return jnp.mean(values)
+
+    o, a, r = jnp.ones((4, 3), jnp.float32), jnp.ones((4, 1), jnp.float32), jnp.ones(4, jnp.float32)
+    critic = ff.QEnsemble(
+        3, 1, width_size=4, depth=1, aggregate=counted, dtype=jnp.float32, key=jr.key(0)
+    )
+
+    def fit(**numbers: Any):
+        options: dict[str, Any] = dict(num_updates=2, batch_size=2, progress=False, key=jr.key(0))
+        return ff.fit_critic(critic, o, a, r, o, a, r, **numbers, **options)
+
+    fit(discount=0.9, target_rate=0.1, learning_rate=1e-2)
+    before = len(traces)
+    fit(discount=0.8, target_rate=0.2, learning_rate=1e-3)
+    assert 0 < before == len(traces)
+
+
+@pytest.mark.parametrize("name", ["discount", "target_rate", "learning_rate"])
+def test_numbers_are_checked(name):
+    critic = ff.QEnsemble(1, 1, width_size=4, depth=1, key=jr.key(0))
+    rows, column = jnp.ones((2, 1)), jnp.ones(2)
+    options: dict[str, Any] = {name: -0.5}
+    with pytest.raises(ValueError, match=f"`{name}` must be .*-0.5.*`{name}=0"):
+        ff.fit_critic(critic, rows, rows, column, rows, rows, column, **options, key=jr.key(0))

@@ -51,7 +51,7 @@ def test_the_file_draws_what_the_policy_draws(name, tmp_path):
 def test_the_file_needs_nothing_but_jax(tmp_path):
     ff.export_sampler(policies()["refined"], jnp.zeros(3, jnp.float32), tmp_path / "policy.jax")
     code = (
-        "import sys, jax, jax.numpy as jnp\n"
+        "import sys, jax.export, jax.numpy as jnp\n"
         "jax.config.update('jax_enable_x64', True)\n"
         "sampler = jax.export.deserialize(bytearray(open('policy.jax', 'rb').read()))\n"
         "jnp.linalg.eigh(jnp.eye(1))\n"  # as the documentation says

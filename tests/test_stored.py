@@ -95,6 +95,27 @@ def test_parts_that_were_saved_open_as_one(tmp_path, next_actions):
     assert np.array_equal(np.load(path, allow_pickle=False), together.rewards)
 
 
+def test_chunks_are_stored_with_their_masks(tmp_path):
+    t = dataclasses.replace(transitions(), ends=np.arange(60) % 12 == 11)
+    chunks = t.chunks(5, 0.9)
+    assert not chunks.action_masks.all()
+    ff.save_transitions(tmp_path, [chunks[:30], chunks[30:]])
+    opened = ff.open_transitions(tmp_path)
+    assert identical(opened, chunks[:30].concatenate(chunks[30:]))
+    one: Any = ff.BehaviourCloning(flow=ff.BehaviourFlow(width_size=7, depth=1))
+    in_memory = train(one, chunks[:30].concatenate(chunks[30:]), 3)
+    assert same(train(one, opened, 3).states, in_memory.states)
+
+
+def test_folders_that_are_older_than_the_masks_of_actions_open(tmp_path):
+    ff.save_transitions(tmp_path, transitions())
+    record = json.loads((tmp_path / "transitions.json").read_text())
+    assert record["columns"].pop("action_masks", 0) is None
+    (tmp_path / "transitions.json").write_text(json.dumps(record))
+    opened = ff.open_transitions(tmp_path)
+    assert identical(opened, transitions()[:]) and _stored.stored_record(opened) is not None
+
+
 def test_arrays_on_the_device_and_maps_are_saved_too(tmp_path, stored):
     on_device = jax.tree.map(jnp.asarray, stored)
     for name, parts in (("device", on_device), ("again", stored), ("parts", [stored[:20]] * 2)):
@@ -371,6 +392,16 @@ def pickled(folder):
     np.save(folder / "rewards.npy", np.array([{}] * 60), allow_pickle=True)
 
 
+def without_rows(folder):
+    record = json.loads((folder / "transitions.json").read_text())
+    del record["rows"]
+    (folder / "transitions.json").write_text(json.dumps(record))
+
+
+def lettered(folder):
+    np.save(folder / "rewards.npy", np.array(["a"] * 60))
+
+
 def save_bfloat(folder):
     o = jnp.ones((2, 1), jnp.bfloat16)
     ff.save_transitions(folder, ff.Transitions(o, np.ones((2, 1)), [0, 0], [1, 1], o))
@@ -400,6 +431,11 @@ def save_twice(folder):
         (lambda f: spoiled(f, pickled), "rewards.npy` cannot be read .*Python objects"),
         (lambda f: spoiled(f, with_record(rows=7)), ".npy` has 60 rows, not 7"),
         (lambda f: spoiled(f, with_record(columns={"b": "b.npy"})), "the columns obs.*but has b"),
+        (lambda f: spoiled(f, with_record(rows=None)), ".npy` has 60 rows, not None.*copy it"),
+        (lambda f: spoiled(f, with_record(columns=3)), "transitions.json` must have the rows and"),
+        (lambda f: spoiled(f, with_record(columns={"a": {"dict": 3}})), "transitions.json` must"),
+        (lambda f: spoiled(f, without_rows), "transitions.json` must have .*KeyError.*opy the fo"),
+        (lambda f: spoiled(f, lettered), "`rewards` must be an array of real numbers.*strings"),
         (lambda f: spoiled(f, with_record(format="else")), "this version.*actions.npy.*reader"),
         (save_bfloat, "`observations` must be numbers in arrays.*bfloat16"),
         (save_module, "`observations` must be numbers.*`dict`.*camera"),

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import importlib
 import os
@@ -17,6 +18,7 @@ from helpers import run_script
 
 import fisher_flow as ff
 from fisher_flow._training._log import Log
+from fisher_flow._training._run import described
 
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -255,8 +257,18 @@ def too_many():
     return jax.tree.map(grow, transitions())
 
 
+@contextlib.contextmanager
+def single_precision():
+    """`jax.enable_x64(False)`, which came with JAX 0.8."""
+    jax.config.update("jax_enable_x64", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", True)
+
+
 def train_with_short_integers(*args):
-    with jax.enable_x64(False):
+    with single_precision():
         train(*args)
 
 
@@ -333,7 +345,7 @@ def test_evaluations_have_the_same_names(tmp_path):
 def test_double_precision_is_cut_without_a_warning():
     data = transitions()
     data = eqx.tree_at(lambda t: t.actions, data, data.actions.astype(np.float64))
-    with jax.enable_x64(False):
+    with single_precision():
         train(averaging, data, 1)
 
 
@@ -348,6 +360,13 @@ def test_augmentations_are_known_by_name(tmp_path):
     train(averaging, transitions(), 4, folder=tmp_path, augment=Doubling())
     with pytest.raises(ValueError, match="holds a run with other `augment`"):
         train(averaging, transitions(), 6, folder=tmp_path, augment=lambda batch, *, key: batch)
+
+
+def test_a_default_that_is_written_out_is_the_same_setting():
+    plain, written = ff.FlowQLearning(), ff.FlowQLearning(coefficient=float("1.0"))
+    assert described(plain) == described(written) and "learning_rate=0.0003" in described(plain)
+    own = ff.TemporalDifference(aggregate=jax.custom_jvp(lambda values: values[0]))
+    assert " at 0x" not in described(own), "an address in memory"
 
 
 def test_an_augmentation_has_to_return_transitions():
@@ -501,7 +520,7 @@ def test_weights_and_biases(wandb, tmp_path):
 
 
 def test_messages_of_weights_and_biases(wandb, monkeypatch):
-    with pytest.raises(ValueError, match="`name` must be of .*`name='a-b'`"):
+    with pytest.raises(ValueError, match="`name` must have .*`name='a-b'`"):
         ff.WeightsAndBiases("a/b", project="tests")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r'`pip install "fisher_flow\[wandb\]"`'):

@@ -1,5 +1,7 @@
+import collections
 import dataclasses
-from typing import Any
+import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,42 +84,113 @@ def test_one_step_changes_nothing():
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, multi, t)))
 
 
-@pytest.mark.parametrize("horizon", [1, 2, 3])
+def chunk_by_hand(t, row, end, horizon, discount):
+    """A chunk from `row` on, of a trajectory that ends before row `end`; and the last of its rows
+    whose reward counts."""
+    taken = [t.actions[i] for i in range(row, min(row + horizon, end))]
+    rows = list(range(row, min(row + horizon, end)))
+    for i in rows:
+        if t.masks[i] == 0:
+            rows = rows[: i - row + 1]
+    over = t.masks[rows[-1]] == 0
+    following = list(t.actions[rows[-1] + 1 : end])
+    if t.next_actions is not None and t.masks[end - 1] > 0:
+        following.append(t.next_actions[end - 1])
+    if not following and not over:
+        rows, following = rows[:-1], [t.actions[end - 1]]
+    if not rows:
+        return None
+    total = sum(discount**k * float(t.rewards[i]) for k, i in enumerate(rows))
+    mask = 0.0 if over else discount ** (len(rows) - 1)
+    following = None if over else (following + horizon * following[-1:])[:horizon]
+    return taken, total, mask, following, rows[-1]
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3, 8])
 @pytest.mark.parametrize("next_actions", [True, False])
 def test_chunks_are_slices_of_their_trajectory(horizon, next_actions):
     t, discount = logged(next_actions), 0.9
     chunks: Any = t.chunks(horizon, discount)
-    actions = np.asarray(t.actions)
-    expected, start = [], 0
-    for length in LENGTHS:
-        end = start + length
-        # What was done in this trajectory, and after it unless it was over.
-        known = next_actions and t.masks[end - 1] > 0
-        done = list(actions[start:end]) + ([t.next_actions[end - 1]] if known else [])
-        for row in range(start, end - horizon + 1):
-            terminates = (t.masks[row : row + horizon] == 0).any()
-            following = done[row - start + horizon : row - start + 2 * horizon]
-            if terminates or len(following) == horizon:
-                expected.append((row, None if terminates else following))
-        start = end
-    assert chunks.observations["row"].astype(int).tolist() == [row for row, _ in expected]
-    assert any(following is None for _, following in expected)
-    assert any(following is not None for _, following in expected)
-    trajectory = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
-    rows = np.array([row for row, _ in expected])
-    consecutive = (np.diff(rows) == 1) & (np.diff(trajectory[rows]) == 0)
+    ends = np.repeat(np.cumsum(LENGTHS), LENGTHS)
+    by_hand = {r: chunk_by_hand(t, r, ends[r], horizon, discount) for r in range(len(t))}
+    expected = {row: chunk for row, chunk in by_hand.items() if chunk is not None}
+    rows = np.array(list(expected))
+    assert chunks.observations["row"].astype(int).tolist() == rows.tolist()
+    # A row is missing only where a trajectory was cut off, and what was done next is not known.
+    alone = np.isin(np.arange(len(t)), np.cumsum(LENGTHS) - 1) & (t.masks > 0)
+    assert len(rows) == len(t) - (0 if next_actions else alone.sum())
+    consecutive = (np.diff(rows) == 1) & (np.diff(ends[rows]) == 0)
     assert chunks.ends.tolist() == [*~consecutive, True] and consecutive.any()
-    multi = t.n_step(horizon, discount)
-    assert chunks.actions.shape == chunks.next_actions.shape == (len(expected), horizon, 2)
-    for i, (row, following) in enumerate(expected):
-        assert np.array_equal(chunks.actions[i], actions[row : row + horizon])
-        assert chunks.rewards[i] == multi.rewards[row] and chunks.masks[i] == multi.masks[row]
-        assert chunks.next_observations["row"][i] == 1000 + row + horizon - 1
-        if following is None:
-            assert chunks.masks[i] == 0
-        else:
-            assert chunks.masks[i] > 0
-            assert np.array_equal(chunks.next_actions[i], following)
+    assert chunks.actions.shape == chunks.next_actions.shape == (len(rows), horizon, 2)
+    assert chunks.action_masks.shape == (len(rows), horizon)
+    seen = set()
+    for i, (taken, total, mask, following, stop) in enumerate(expected.values()):
+        assert chunks.action_masks[i].tolist() == [1] * len(taken) + [0] * (horizon - len(taken))
+        filled = taken + [taken[-1]] * (horizon - len(taken))
+        assert np.array_equal(chunks.actions[i], filled)
+        assert np.isclose(chunks.rewards[i], total, rtol=1e-5, atol=1e-6)
+        assert np.isclose(chunks.masks[i], mask)
+        assert chunks.next_observations["row"][i] == 1000 + stop
+        assert following is None or np.array_equal(chunks.next_actions[i], following)
+        seen.add((len(taken) < horizon, following is None))
+    assert len(seen) == (2 if horizon == 1 else 4 if next_actions or horizon > 2 else 3)
+
+
+def test_the_fixed_point_of_a_critic_of_chunks_is_the_return():
+    """At the end too, whether a trajectory terminates there or is cut off."""
+    n, horizon, discount = 9, 4, 0.9
+    rewards = np.random.default_rng(0).normal(size=n)
+    left = [sum(discount**k * r for k, r in enumerate(rewards[i:])) for i in range(n)]
+    o = np.arange(n + 1.0)[:, None]
+    for terminated in (True, False):
+        t = ff.Transitions.from_episodes([o], [o[:-1]], [rewards], [terminated])
+        chunks = t.chunks(horizon, discount)
+        value = np.append(left, np.nan)[chunks.next_observations[:, 0].astype(int)]
+        target = chunks.rewards + discount * chunks.masks * np.where(chunks.masks > 0, value, 0)
+        assert np.allclose(target, left[: len(chunks)]) and len(chunks) == n - (not terminated)
+
+
+def test_chunks_of_chunks_know_what_was_taken():
+    t = logged()
+    inner = t.chunks(2, 0.9)
+    outer: Any = inner.chunks(3, 0.81)
+    assert outer.actions.shape[1:] == (3, 2, 2) and outer.action_masks.shape[1:] == (3, 2)
+    assert outer.action_masks[0].all() and not outer.action_masks.all()
+    assert np.array_equal(outer[:0].action_masks, outer.action_masks[:0])
+
+
+def test_the_loss_of_a_chunk_is_that_of_the_actions_that_were_taken(getkey):
+    policy = ff.FlowPolicy(lambda t, x, o: 0.3 * x + o, (4, 2))  # no entry sees another
+    key, o = getkey(), jnp.asarray(0.5)
+    a, b = jax.random.normal(getkey(), (2, 4, 2))
+    mask = jnp.asarray([1.0, 1.0, 0.0, 0.0])
+    mixed = jnp.where(mask[:, None] > 0, a, b)
+    loss = lambda action, mask: ff.flow_matching_loss(policy, o, action, mask, key=key)
+    assert jnp.allclose(loss(a, mask), loss(mixed, mask)) and not jnp.allclose(
+        loss(a, None), loss(mixed, None)
+    )
+    assert jnp.allclose(loss(a, jnp.ones(4)), loss(a, None))
+    assert jnp.allclose(0.5 * (loss(a, mask) + loss(a, 1 - mask)), loss(a, None))
+    assert loss(a, jnp.zeros(4)) == 0
+    assert jax.grad(lambda action: loss(action, mask))(a)[2:].tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_fitting_honours_the_masks(getkey):
+    o, key = np.zeros((64, 1), np.float32), getkey()
+    a = np.full((64, 2, 1), 3.0, np.float32)
+    a[:, 1] = np.random.default_rng(0).choice([-1e3, 1e3], (64, 1))
+    masks = np.tile(np.array([1.0, 0.0], np.float32), (64, 1))
+    field = ff.VelocityMLP(1, (2, 1), width_size=8, depth=1, key=getkey())
+    fit = lambda masks: ff.fit_flow(
+        ff.FlowPolicy(field, (2, 1)), o, a, masks, num_updates=3, progress=False, key=key
+    )
+    weights = lambda masks: fit(masks).velocity_field.network.layers[-1].weight
+    masked, last = weights(masks), field.network.layers[-1].weight
+    assert np.array_equal(masked[1], last[1]) and not np.array_equal(masked[0], last[0])
+    assert not np.array_equal(weights(None)[1], last[1])
+    with pytest.raises(ValueError, match=r"`action_masks` must.*shape \(64,\).*transitions.act"):
+        fit(masks[:, 0])
 
 
 def test_rows_out_of_their_order_are_no_trajectory():
@@ -155,6 +228,123 @@ def test_integers_and_lists_become_numbers():
     assert isinstance(on_device.rewards, jax.Array)
 
 
+class Table:
+    """As a table of pandas or Polars: its index selects by label, and NumPy sees its rows."""
+
+    def __init__(self, values):
+        self.values, self.dtype, self.shape = values, values.dtype, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, rows):
+        raise AssertionError("selected by label")
+
+
+@pytest.mark.parametrize("wrap", [Table, np.ndarray.tolist, jnp.asarray, memoryview])
+def test_a_column_is_anything_that_numpy_makes_an_array_of(wrap):
+    o = np.random.default_rng(0).normal(size=(5, 2))
+    column = o[:, 0].copy()
+    one_dimensional = wrap(column)
+    t = ff.Transitions(wrap(o), wrap(o), one_dimensional, np.ones(5), wrap(o))
+    for rows in ([3, 1], np.s_[1:3], np.array([0, 1, 0, 1, 0], bool), Table(np.array([4, 0]))):
+        index = np.arange(5)[np.asarray(rows) if isinstance(rows, Table) else rows]
+        part = t[rows]
+        for leaf in (part.observations, part.actions, part.next_observations):
+            assert np.array_equal(leaf, o[index])
+        assert np.array_equal(part.rewards, o[index, 0])
+    assert len(t[[]]) == 0
+    o_of, a_of, r_of = [wrap(o)], [wrap(o[1:])], [column[1:]]
+    episode = ff.Transitions.from_episodes(o_of, a_of, r_of, [True])
+    assert np.array_equal(episode.observations, o[:-1])
+
+
+def test_tables_of_pandas_go_by_position():
+    pandas = pytest.importorskip("pandas")
+    order = np.random.default_rng(0).permutation(8)
+    frame = pandas.DataFrame({"x": np.arange(8.0), "done": np.arange(8) % 2 == 0}).iloc[order]
+    frame["n"] = pandas.array(np.arange(8), "Int64")
+    a = np.zeros((8, 1))
+    seen = frame[["x", "done"]]
+    t = ff.Transitions(seen, a, frame["x"], frame["done"], seen, ends=frame["done"])
+    assert np.array_equal(t[:3].rewards, order[:3]) and t.ends.dtype == bool
+    assert np.array_equal(t[np.arange(3)].observations, np.stack([order, order % 2 == 0], 1)[:3])
+    assert np.array_equal(t[frame["x"] > 3].rewards, order[order > 3])
+    nullable = frame[["x", "n"]]
+    t = dataclasses.replace(t, observations=nullable, next_observations=nullable)
+    assert np.array_equal(t.observations[:, 1], np.arange(8))
+    missing = frame["x"].where(frame["x"] > 2)
+    with pytest.raises(ValueError, match=r"`rewards` must be finite, but 3 of 8 rows"):
+        dataclasses.replace(t, rewards=missing)
+
+
+class Named(NamedTuple):
+    eye: Any
+    arm: Any
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda eye, arm: collections.OrderedDict(eye=eye, arm=arm),
+        lambda eye, arm: types.MappingProxyType({"eye": eye, "arm": arm}),
+        lambda eye, arm: collections.UserDict(eye=eye, arm=arm),
+        lambda eye, arm: collections.ChainMap({"eye": eye}, {"arm": arm}),
+    ],
+)
+def test_mappings_are_dictionaries(make, getkey):
+    rng = np.random.default_rng(0)
+    eye, arm = rng.normal(3, 2, (7, 2)), rng.normal(size=(7, 1))
+    plain: Any = {"eye": eye, "arm": arm}
+    a = np.zeros((7, 1))
+    t: Any = ff.Transitions((make(**plain), [make(**plain)]), a, a[:, 0], a[:, 0], (plain, [plain]))
+    assert jax.tree.structure(t.observations) == jax.tree.structure((plain, [plain]))
+    assert np.array_equal(t[2:4].observations[1][0]["eye"], eye[2:4])
+    simple = ff.Transitions(make(**plain), a, a[:, 0], a[:, 0], plain)
+    normaliser = ff.Normaliser.of(simple)
+    one = make(eye=eye[0], arm=arm[0])
+    assert np.allclose(normaliser(one)["eye"], (eye[0] - eye.mean(0)) / eye.std(0))
+    episodes = ff.Transitions.from_episodes([make(**plain)], [a[1:]], [a[1:, 0]], [True])
+    assert np.array_equal(episodes.observations["arm"], arm[:-1])
+    # A network sees the entries in one order, whatever mapping they come in.
+    policy = ff.FlowPolicy(ff.VelocityMLP(3, (1,), width_size=8, depth=1, key=getkey()), (1,))
+    key = getkey()
+    action = policy.sample({"eye": eye[0], "arm": arm[0]}, key=key)
+    ordered = collections.OrderedDict(eye=eye[0], arm=arm[0])
+    assert np.array_equal(policy.sample(ordered, key=key), action)
+
+
+def test_named_tuples_keep_their_names(tmp_path):
+    rng = np.random.default_rng(0)
+    o = Named(rng.integers(0, 255, (7, 4, 4, 3), np.uint8), rng.normal(size=(7, 2)))
+    a = np.zeros((7, 1))
+    t: Any = ff.Transitions(o, a, a[:, 0], a[:, 0], o)
+    assert t[:3].observations.arm.shape == (3, 2)
+    ff.save_transitions(tmp_path, t)
+    opened = ff.open_transitions(tmp_path)
+    assert isinstance(opened.observations, tuple) and len(opened.observations) == 2
+    for normaliser in (ff.Normaliser.of(t), ff.Normaliser.of(opened)):
+        assert np.array_equal(normaliser.transitions(t).observations.eye, o.eye)
+        assert np.allclose(normaliser(o).arm, (o.arm - o.arm.mean(0)) / o.arm.std(0))
+
+
+def test_numbers_that_jax_cannot_hold_as_they_are():
+    o = np.arange(12.0).reshape(6, 2)
+    swapped = o.astype(">f4")
+    t = ff.Transitions(
+        swapped, o.astype(np.longdouble), o[:, 0].astype(">i2"), o[:, 0] > 3, swapped
+    )
+    on_device = jax.tree.map(jnp.asarray, t)
+    assert np.array_equal(on_device.observations, o) and np.array_equal(on_device.rewards, o[:, 0])
+    large = np.arange(6)[:, None] + 2**40
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"integers from -2147483648 to 2"):
+        ff.Transitions(large, o, o[:, 0], o[:, 0] > 3, large)
+    assert transitions(observations=np.ones(4, bool), next_observations=np.ones(4, bool))
+
+
 def test_replacing_a_column_checks_it():
     t = logged()
     assert np.array_equal(dataclasses.replace(t, rewards=t.rewards / 2).ends, t.ends)
@@ -166,6 +356,22 @@ def transitions(**columns):
     o = np.zeros((4, 2), np.float32)
     defaults = dict(observations=o, actions=o, rewards=o[:, 0], masks=o[:, 0], next_observations=o)
     return ff.Transitions(**(defaults | columns))
+
+
+def columns_of(column):
+    return transitions(observations=column, next_observations=column)
+
+
+def ragged(sizes):
+    """As a column of lists in a file of Parquet."""
+    column = np.empty(2 * len(sizes), object)
+    column[:] = [np.zeros(size) for size in 2 * sizes]
+    return column
+
+
+def many(convert, rows=9):
+    o = np.zeros((rows, 2))
+    return ff.Transitions(convert(o), o, o[:, 0], o[:, 0], o)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +393,61 @@ def transitions(**columns):
         (
             lambda: transitions(rewards=np.array([0.0, 1.0, np.nan, np.inf])),
             r"`rewards` must be finite, but 2 of 4 rows are not, the first of them row 2.*isfinite",
+        ),
+        (lambda: columns_of(ragged([3, 3])), r"Python objects.*one shape.*=np.stack\(obs"),
+        (lambda: columns_of(ragged([3, 2])), r"`observations` .*Drop the rows.*one shape"),
+        (lambda: columns_of(np.array([1.0, None] * 2)), r"Python objects.*missing entries"),
+        (lambda: columns_of(np.array(["go", "stop"] * 2)), r"got strings.*np.eye\(len\(names"),
+        (lambda: columns_of(np.array([b"go"] * 4)), r"got bytes.*np.unique"),
+        (lambda: columns_of(np.array(["go", "up"] * 2, object)), r"such as `'go'`.*np.unique"),
+        (
+            lambda: columns_of(np.arange(4).astype("datetime64[s]")),
+            r"got dtype datetime64.*seconds: `observations=\(\(obs.*timedelta64\(1, 's'\)",
+        ),
+        (lambda: columns_of(np.arange(4).astype("timedelta64[s]")), r"got dtype timedelta64"),
+        (lambda: columns_of(np.ones(4, complex)), r"got dtype complex128.*\.real"),
+        (lambda: columns_of(np.zeros(4, [("x", float), ("y", int)])), r"records.*dtype.names"),
+        (lambda: columns_of(jax.random.split(jax.random.key(0), 4)), r"got dtype key<fry>"),
+        (
+            lambda: columns_of([[1.0, 2.0], [1.0]] * 2),
+            r"cannot convert.*Give all rows",
+        ),
+        (lambda: columns_of({1.0, 2.0}), r"of type `set`.*np.stack\(list"),
+        (lambda: columns_of(["go", "stop"] * 2), r"`observations` .* strings.*np.unique"),
+        (lambda: columns_of({"arm": object()}), r"`observations\['arm'\]`.*type `object`"),
+        (
+            lambda: columns_of(np.ma.masked_equal(np.arange(4.0), 1)),
+            r"no masked entries, but 1 of 4.*filled",
+        ),
+        (lambda: transitions(rewards=np.array(["1"] * 4)), r"`rewards` must be an array of real"),
+        (lambda: transitions(masks=np.ones(4, complex)), r"`masks` must be an array of real"),
+        (lambda: transitions(ends=np.array(["no"] * 4)), r"`ends` must be an array of real"),
+        (lambda: transitions(ends=[1, 2, 3, 4]), r"`ends` must be True or False.*np.isin"),
+        (lambda: transitions(actions=np.ones((4, 2), bool)), r"`actions` must be.*bool.*astype"),
+        (lambda: transitions(action_masks=np.ones(4)), r"`action_masks` .*\(4,\).*chunks\(hor"),
+        (lambda: transitions(action_masks=np.full((4, 2), -1)), r"`action_masks` .* -1 to -1"),
+        (
+            lambda: many(lambda o: list(o)),
+            r"a list of 9 arrays, one for each row.*np.stack\(obs",
+        ),
+        (lambda: many(tuple, 3), r"a list of 3 arrays, one for each row"),
+        (
+            lambda: many(lambda o: [{"x": x} for x in o]),
+            r"a list of 9 dictionaries.*jax.tree.map",
+        ),
+        (
+            lambda: transitions(masks=np.ones(4), ends=[False, False, True, True]).chunks(4, 0.9),
+            r"at least one chunk.*at most 3 rows",
+        ),
+        (
+            lambda: ff.Transitions.from_episodes([np.zeros(3)], [np.zeros(2)], [1.0], [True]),
+            r"single numbers in episode 0.*from_episodes\(\[obs",
+        ),
+        (
+            lambda: ff.Transitions.from_episodes(
+                [ragged([3, 3])], [np.zeros(3)], [np.zeros(3)], [True]
+            ),
+            r"`observations\[0\]` must be an array of real numbers",
         ),
         (lambda: logged().chunks(13, 0.9), r"`horizon` must leave.*at most 12 rows.*`horizon=6`"),
         (lambda: logged().n_step(0, 0.9), r"`num_steps` must be an integer.*`num_steps=3`"),
@@ -223,25 +484,3 @@ def transitions(**columns):
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_normaliser():
-    rng = np.random.default_rng(0)
-    o = {"a": rng.normal(5, 3, (201, 3)).astype(np.float32), "b": np.full((201, 1), 7.0)}
-    t = ff.Transitions.from_episodes([o], [np.zeros((200, 1))], [np.zeros(200)], [True])
-    normaliser = ff.Normaliser.of(t)
-    normalised = normaliser.transitions(t)
-    a = normalised.observations["a"]
-    assert isinstance(a, np.ndarray) and a.dtype == np.float32
-    assert np.allclose(a.mean(0), 0, atol=1e-5) and np.allclose(a.std(0), 1, atol=1e-5)
-    assert np.all(normalised.observations["b"] == 0)  # never varies: shifted, not scaled
-    batch = normaliser(jax.tree.map(lambda leaf: leaf[:5], t.next_observations))
-    single = normaliser(jax.tree.map(lambda leaf: leaf[4], t.next_observations))
-    assert np.allclose(batch["a"], normalised.next_observations["a"][:5], atol=1e-6)
-    assert np.allclose(single["a"], batch["a"][4], atol=1e-6)
-    assert batch["a"].dtype == jnp.float32 and batch["b"].dtype == jnp.float64
-    double = normaliser({"a": np.zeros(3, np.float64), "b": np.zeros(1)})
-    assert double["a"].dtype == jnp.float32
-    images = transitions(observations=np.zeros((4, 2), np.uint8))
-    with pytest.raises(ValueError, match=r"`transitions.observations` must.*uint8.*astype"):
-        ff.Normaliser.of(images)

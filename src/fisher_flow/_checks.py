@@ -134,7 +134,8 @@ def check_batch_of_actions(actions: Any, action_shape: tuple[int, ...]) -> None:
 
 def is_ogbench(task: str) -> bool:
     """Whether the name of a task is one of OGBench, not of D4RL."""
-    return not {"singletask", "navigate", "stitch", "explore"}.isdisjoint(task.split("-"))
+    words = {"singletask", "oraclerep", "navigate", "stitch", "explore"}
+    return not words.isdisjoint(task.split("-"))
 
 
 def checked_shape(action_shape: Any) -> tuple[int, ...]:

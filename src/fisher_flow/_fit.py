@@ -1,4 +1,4 @@
-"""The loop that everything trained here goes through."""
+"""The loop under everything that is trained."""
 
 import math
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def add_chunk(
     stop: Array,
     key: PRNGKeyArray,
 ):
-    """As `run_chunk`, but adds the logs to `totals`, for a chunk whose data come in pieces."""
+    """As `run_chunk`, but adds the logs to `totals`: the data of a chunk may come in pieces."""
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def step(i, carry):

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -15,9 +16,24 @@ def random_rows(tree: PyTree[Any], num: int, *, key: PRNGKeyArray) -> PyTree[Any
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tree)
 
 
+def plain(tree: PyTree[Any]) -> PyTree[Any]:
+    """The PyTree with a dictionary for every mapping in it.
+
+    JAX sorts the keys of a dictionary, keeps the order of an `OrderedDict` and takes other mappings
+    for leaves: the same observation would be laid out in several ways.
+    """
+
+    def convert(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        return {key: plain(value) for key, value in node.items()}
+
+    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, Mapping))
+
+
 def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
     """Joins the arrays of PyTrees in one vector, for the input of a network."""
-    return jax.flatten_util.ravel_pytree(trees)[0]
+    return jax.flatten_util.ravel_pytree(plain(trees))[0]
 
 
 def fold_in_values(key: PRNGKeyArray, tree: PyTree[Any]) -> PRNGKeyArray:

@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 
 from .._checks import check_positive_integer, short
+from .._trees import plain
 
 
 @runtime_checkable
@@ -74,11 +75,12 @@ class Actor:
         self.deterministic = deterministic
         self.num_envs = getattr(env, "num_envs", None)
         self.action_space = getattr(env, "single_action_space", None) or env.action_space
-        if not hasattr(self.action_space, "low"):
+        is_box = hasattr(self.action_space, "low")
+        if not is_box or not np.issubdtype(self.action_space.dtype, np.floating):
             raise ValueError(
                 f"`env` must have continuous actions, but its action space is "
                 f"`{self.action_space}`. Write `Actor(policy, env)` with an environment whose "
-                "`action_space` is a `Box`."
+                "`action_space` is a `Box` of floating point numbers."
             )
         shape = tuple(self.action_space.shape)
         arrived = getattr(policy, "action_shape", shape)
@@ -132,8 +134,16 @@ class Actor:
 
         An array of the shape of `env.action_space`.
         """
+        observation = jax.tree.map(np.asarray, plain(observation))
+        for path, leaf in jax.tree.leaves_with_path(observation):
+            if leaf.dtype.kind in "OUSMm":
+                raise ValueError(
+                    f"`observation{jax.tree_util.keystr(path)}` must be numbers in an array, but "
+                    f"got `{short(leaf)}` of dtype {leaf.dtype}. Write "
+                    "`env=gymnasium.wrappers.TransformObservation(env, numbers_of, space)`."
+                )
         if self.num_envs is None:
-            observation = jax.tree.map(lambda leaf: np.asarray(leaf)[None], observation)
+            observation = jax.tree.map(lambda leaf: leaf[None], observation)
         if self._chunks is None or np.any(self._age >= self.num_executed):
             step = jnp.asarray(0 if self.deterministic else self._step)
             drawn = np.asarray(_sample(self.policy, observation, self._key, step))

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.export  # with JAX 0.7 `import jax` leaves it out
 import jax.numpy as jnp
 import jax.random as jr
 
@@ -27,7 +28,7 @@ def export_sampler(
 
         ```python
         import fisher_flow
-        import jax
+        import jax.export
         import jax.numpy as jnp
 
         velocity = lambda t, x, o: o + (2 * t - 1) * (x - t * o) / (t**2 + (1 - t) ** 2)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from .._checks import check_positive_integer, check_vector_environment
 from .._data import single_precision, Transitions
+from .._trees import plain
 from ._actor import Actor
 
 
@@ -273,7 +274,9 @@ def _play_round(actor, envs, seed, counted, max_steps, steps=None):
 
 
 def _copied(observations):
-    return jax.tree.map(np.array, observations)  # environments may write to the same array again
+    return jax.tree.map(
+        np.array, plain(observations)
+    )  # environments may write to the same array again
 
 
 def _where_it_led(observations, done, infos):

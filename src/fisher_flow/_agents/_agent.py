@@ -15,9 +15,9 @@ from ._behaviour_flow import check_flow
 class AbstractAgent(eqx.Module):
     """Abstract base class for agents: what is learned from a batch of transitions, and how.
 
-    An agent holds settings only. What it learns is a state, which `init` makes, `update` improves
-    by one batch and `policy` turns into something that acts. [`fisher_flow.train`][] loops over
-    them; so can your own code.
+    An agent holds settings only. What it learns is a state: `init` makes it, `update` improves it
+    by one batch, and `policy` turns it into something that acts. [`fisher_flow.train`][] loops over
+    them, and your own code can too.
     """
 
     @abc.abstractmethod
@@ -51,7 +51,7 @@ class AbstractAgent(eqx.Module):
         """Settles anew what needs more actions than a batch has, such as the time of a score.
 
         [`fisher_flow.train`][] calls it before the first update, after 100, 200, 400 and 800 of
-        them, and then after every 1000. By default nothing is to be settled.
+        them, and then after every 1000. By default it changes nothing.
 
         **Arguments:**
 
@@ -75,14 +75,14 @@ class AbstractAgent(eqx.Module):
         **Arguments:**
 
         - `state`: what `update` returned.
-        - `observations`: a batch of observations of the data, for agents that settle something
-            (such as the length of a step) once for all of them.
-        - `key`: a `jax.random.key` for the same.
+        - `observations`: a batch of observations of the data. Some agents settle something once
+            for all of them, such as the length of a step.
+        - `key`: a `jax.random.key` for what they settle.
         """
 
 
 def check_parts(flow: Any, critic: Any, learning_rate: Any) -> None:
-    """Refuses what is no flow, no critic or no rate of an agent."""
+    """Checks the parts that several agents have."""
     check_flow(flow)
     example = "fisher_flow.TemporalDifference()"
     check_instance("critic", critic, AbstractCriticLearning, example)

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
@@ -15,15 +16,11 @@ class BehaviourCloning(AbstractAgent):
     Logs `flow_loss` (falls to the variance that is left in the data, not to zero).
     """
 
-    flow: BehaviourFlow
+    _: dataclasses.KW_ONLY
+    flow: BehaviourFlow = BehaviourFlow()
 
-    def __init__(self, *, flow: BehaviourFlow = BehaviourFlow()):
-        """**Arguments:**
-
-        - `flow`: the behaviour flow.
-        """
-        check_flow(flow)
-        self.flow = flow
+    def __check_init__(self):
+        check_flow(self.flow)
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> Learner:
         return self.flow.init(example, key=key)
@@ -37,3 +34,9 @@ class BehaviourCloning(AbstractAgent):
     def policy(self, state: Learner, observations: PyTree[Array], *, key: Any) -> FlowPolicy:
         del observations, key
         return self.flow.policy(state)
+
+
+BehaviourCloning.__init__.__doc__ = """**Arguments:**
+
+- `flow`: the behaviour flow.
+"""

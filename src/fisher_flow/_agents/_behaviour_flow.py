@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -17,43 +18,19 @@ class BehaviourFlow(eqx.Module):
     matching on the logged actions ([`fisher_flow.flow_matching_loss`][]).
     """
 
-    width_size: int = eqx.field(static=True)
-    depth: int = eqx.field(static=True)
-    num_steps: int = eqx.field(static=True)
-    bounds: tuple[float, float] = eqx.field(static=True)
-    encoder: AbstractEncoder | None
-    learning_rate: ScalarLike
+    _: dataclasses.KW_ONLY
+    width_size: int = eqx.field(default=512, static=True)
+    depth: int = eqx.field(default=4, static=True)
+    num_steps: int = eqx.field(default=10, static=True)
+    bounds: tuple[float, float] = eqx.field(default=(-1.0, 1.0), static=True)
+    encoder: AbstractEncoder | None = None
+    learning_rate: ScalarLike = 3e-4
 
-    def __init__(
-        self,
-        *,
-        width_size: int = 512,
-        depth: int = 4,
-        num_steps: int = 10,
-        bounds: tuple[float, float] = (-1.0, 1.0),
-        encoder: AbstractEncoder | None = None,
-        learning_rate: ScalarLike = 3e-4,
-    ):
-        """**Arguments:**
-
-        - `width_size`, `depth`: the hidden layers of the velocity field.
-        - `num_steps`: the number of Euler steps of a sample.
-        - `bounds`: the bounds of the actions. Rescale an environment whose bounds differ from
-            entry to entry, with `gymnasium.wrappers.RescaleAction`.
-        - `encoder`: what the velocity field sees images through, such as
-            [`fisher_flow.ImpalaEncoder`][].
-        - `learning_rate`: the rate of Adam.
-        """
-        check_positive_integer("width_size", width_size, 512)
-        check_positive_integer("depth", depth, 4)
-        check_positive_integer("num_steps", num_steps, 10)
-        check_at_least("learning_rate", learning_rate, 0, 3e-4)
-        self.width_size = width_size
-        self.depth = depth
-        self.num_steps = num_steps
-        self.bounds = bounds
-        self.encoder = encoder
-        self.learning_rate = learning_rate
+    def __check_init__(self):
+        check_positive_integer("width_size", self.width_size, 512)
+        check_positive_integer("depth", self.depth, 4)
+        check_positive_integer("num_steps", self.num_steps, 10)
+        check_at_least("learning_rate", self.learning_rate, 0, 3e-4)
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> Learner:
         """A flow with fresh parameters, and its optimiser."""
@@ -85,13 +62,25 @@ class BehaviourFlow(eqx.Module):
         @eqx.filter_value_and_grad
         def loss_and_gradient(field):
             policy = self.policy(Learner(field, None))
-            losses = jax.vmap(lambda o, a, key: flow_matching_loss(policy, o, a, key=key))(
-                batch.observations, batch.actions, keys
+            losses = jax.vmap(lambda o, a, m, key: flow_matching_loss(policy, o, a, m, key=key))(
+                batch.observations, batch.actions, batch.action_masks, keys
             )
             return jnp.mean(losses)
 
         loss, gradient = loss_and_gradient(flow.model)
         return flow.step(gradient, adam(self.learning_rate)), loss
+
+
+BehaviourFlow.__init__.__doc__ = """**Arguments:**
+
+- `width_size`, `depth`: the hidden layers of the velocity field.
+- `num_steps`: the number of Euler steps of a sample.
+- `bounds`: the bounds of the actions. Rescale an environment whose bounds differ from
+    entry to entry, with `gymnasium.wrappers.RescaleAction`.
+- `encoder`: what turns images into features for the velocity field, such as
+    [`fisher_flow.ImpalaEncoder`][].
+- `learning_rate`: the rate of Adam.
+"""
 
 
 def check_flow(flow: Any) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -15,17 +16,17 @@ from .._geometry import (
     AbstractCost,
     AveragedFisher,
     calibrate,
-    CalibratedScore,
     Euclidean,
     FisherRao,
     has_open_score,
     is_open,
     PaperScore,
     ScoreOuterProduct,
+    unsettled_score,
 )
 from .._networks import zero_network
 from .._refinement import BestOf, NetworkDisplacement, RefinedPolicy, Residual
-from .._values import AbstractCriticLearning, TemporalDifference
+from .._values import AbstractCriticLearning, CriticLearner, TemporalDifference
 from ._agent import AbstractAgent, check_parts, require_next_actions
 from ._behaviour_flow import BehaviourFlow
 from ._learner import adam, first, Learner
@@ -33,8 +34,7 @@ from ._learner import adam, first, Learner
 
 class FisherDecoratorState(eqx.Module):
     flow: Learner
-    critic: Learner
-    target_critic: Any
+    critic: CriticLearner
     residual: Learner
     log_dual: Scalar
     metric: AbstractCost
@@ -60,8 +60,8 @@ class FisherDecorator(AbstractAgent):
 
     ??? cite "Reference"
 
-        The method is that of the paper; the cost divided by its radius, and so a multiplier that
-        does not depend on the scale of either, is ours.
+        The method is the one of the paper. This library divides the cost by its radius, so that
+        the multiplier does not depend on the scale of either.
 
         ```bibtex
         @article{cheng2026fisher,
@@ -73,54 +73,20 @@ class FisherDecorator(AbstractAgent):
         ```
     """  # noqa: E501
 
-    flow: BehaviourFlow
-    critic: AbstractCriticLearning
-    metric: AbstractCost
-    radius: ScalarLike
-    from_data: bool = eqx.field(static=True)
-    num_candidates: int = eqx.field(static=True)
-    learning_rate: ScalarLike
+    metric: AbstractCost = FisherRao()
+    radius: ScalarLike = 0.5
+    _: dataclasses.KW_ONLY
+    flow: BehaviourFlow = BehaviourFlow()
+    critic: AbstractCriticLearning = TemporalDifference()
+    from_data: bool = eqx.field(default=False, static=True)
+    num_candidates: int = eqx.field(default=2, static=True)
+    learning_rate: ScalarLike = 3e-4
 
-    def __init__(
-        self,
-        metric: AbstractCost = FisherRao(),
-        radius: ScalarLike = 0.5,
-        *,
-        flow: BehaviourFlow = BehaviourFlow(),
-        critic: AbstractCriticLearning = TemporalDifference(),
-        from_data: bool = False,
-        num_candidates: int = 2,
-        learning_rate: ScalarLike = 3e-4,
-    ):
-        r"""**Arguments:**
-
-        - `metric`: what a displacement costs.
-        - `radius`: the mean cost $\epsilon$ to spend; in nats for metrics that predict a KL.
-
-        **Other arguments:**
-
-        - `flow`: the behaviour flow. Its widths and encoder are those of the residual too.
-        - `critic`: how the critic is made and learned.
-        - `from_data`: whether the residual is trained on the actions of the data, which are
-            samples of the behaviour policy too, instead of samples of the flow. That saves both
-            rollouts of an update.
-        - `num_candidates`: the number of refined actions of which the best by the critic is taken
-            when the policy acts: no local map can change mode. It spends at most
-            [`BestOf.kl_bound`][fisher_flow.BestOf] more. Of the tasks that were measured, more than
-            two gained on HalfCheetah, lost much on cube-single and little on Pendulum.
-        - `learning_rate`: the rate of Adam for the critic and the residual.
-        """
-        check_instance("metric", metric, AbstractCost, "fisher_flow.FisherRao()")
-        check_at_least("radius", radius, 0, 0.5)
-        check_parts(flow, critic, learning_rate)
-        check_positive_integer("num_candidates", num_candidates, 1)
-        self.metric = metric
-        self.radius = radius
-        self.flow = flow
-        self.critic = critic
-        self.from_data = from_data
-        self.num_candidates = num_candidates
-        self.learning_rate = learning_rate
+    def __check_init__(self):
+        check_instance("metric", self.metric, AbstractCost, "fisher_flow.FisherRao()")
+        check_at_least("radius", self.radius, 0, 0.5)
+        check_parts(self.flow, self.critic, self.learning_rate)
+        check_positive_integer("num_candidates", self.num_candidates, 1)
 
     @staticmethod
     def paper(radius: ScalarLike = 0.001, **options: Any) -> "FisherDecorator":
@@ -135,7 +101,8 @@ class FisherDecorator(AbstractAgent):
         radius: ScalarLike = 0.001, num_samples: int = 4, **options: Any
     ) -> "FisherDecorator":
         """As in the authors' released code: the Fisher matrix of a state, averaged over samples,
-        damped and divided by its trace. The score is the paper's; that of the code is none."""
+        damped and divided by its trace. The score is the one of the paper, since what the code
+        uses in its place is not a score."""
         metric = AveragedFisher(PaperScore(0.8), num_samples)
         return FisherDecorator(metric, radius, **{"num_candidates": 1, **options})
 
@@ -166,12 +133,11 @@ class FisherDecorator(AbstractAgent):
         )
         return FisherDecoratorState(
             self.flow.init(example, key=flow_key),
-            Learner.init(critic, self._optimiser()),
-            critic,
+            CriticLearner.init(critic, self._optimiser()),
             Learner.init(residual, self._optimiser()),
             # From a strong penalty down: what strays while the flow is young is slow to come back.
             jnp.zeros((), action.dtype),
-            _with_a_time(self.metric, action.dtype),
+            _with_a_time(self.metric, action),
         )
 
     def settle(
@@ -189,8 +155,6 @@ class FisherDecorator(AbstractAgent):
         self, state: FisherDecoratorState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[FisherDecoratorState, dict[str, Scalar]]:
         flow_key, next_key, base_key, cost_key = jr.split(key, 4)
-        # Folded in beyond any row, so that no other key is this one or depends on the critic.
-        sample_key, critic_key = jr.split(jr.fold_in(key, 2**31))
         o, next_o = batch.observations, batch.next_observations
         π = self.flow.policy(state.flow)
         δ = state.residual.model
@@ -204,15 +168,9 @@ class FisherDecorator(AbstractAgent):
             next_a = draw(next_o, jr.split(next_key, len(batch)))
 
         moved = π.project(next_a + jax.vmap(δ)(next_o, next_a))
-        next_q = self.critic.next_values(state.target_critic, next_o, moved, key=sample_key)
-        y = self.critic.target(batch.rewards, batch.masks, next_q)
-
-        @eqx.filter_grad(has_aux=True)
-        def critic_gradient(critic):
-            return self.critic.loss(critic, o, batch.actions, y, key=critic_key)
-
-        gradient, critic_logs = critic_gradient(state.critic.model)
-        critic = state.critic.step(gradient, self._optimiser())
+        critic, critic_logs = state.critic.update(
+            self.critic, self._optimiser(), batch, moved, key=key
+        )
 
         cost_keys = jr.split(cost_key, len(batch))
         λ = lax.stop_gradient(jnp.exp(state.log_dual))
@@ -236,9 +194,8 @@ class FisherDecorator(AbstractAgent):
         violation = jnp.clip(residual_logs["cost"] / ε - 1, -1, 1)
         log_dual = state.log_dual + 0.01 * lax.stop_gradient(violation)
 
-        target_critic = self.critic.follow(state.target_critic, critic.model)
         logs = {"flow_loss": flow_loss, **critic_logs, **residual_logs, "log_dual": log_dual}
-        state = FisherDecoratorState(flow, critic, target_critic, residual, log_dual, state.metric)
+        state = FisherDecoratorState(flow, critic, residual, log_dual, state.metric)
         return state, logs
 
     def policy(
@@ -253,20 +210,32 @@ class FisherDecorator(AbstractAgent):
         return refined if self.num_candidates == 1 else BestOf(refined, critic, self.num_candidates)
 
 
+FisherDecorator.__init__.__doc__ = r"""**Arguments:**
+
+- `metric`: what a displacement costs.
+- `radius`: the mean cost $\epsilon$ to spend; in nats for metrics that predict a KL.
+
+**Other arguments:**
+
+- `flow`: the behaviour flow. The residual has the same widths and an encoder of the same kind.
+- `critic`: how the critic is made and learned.
+- `from_data`: whether the residual is trained on the actions of the data instead of samples of the
+    flow. They are samples of the behaviour policy too. That saves both rollouts of an update.
+- `num_candidates`: the number of refined actions that the policy draws when it acts. It takes the
+    best of them by the critic, since a local map cannot move an action from one mode (a peak of the
+    density) to another. That spends at most [`BestOf.kl_bound`][fisher_flow.BestOf] more. More than
+    two gained return on HalfCheetah, lost much on cube-single and lost a little on Pendulum.
+- `learning_rate`: the rate of Adam for the critic and the residual.
+"""
+
+
 @eqx.filter_jit
 def _calibrated(metric, policy, observations, key) -> AbstractCost:
     # Under `jit` the order of the score is an array too, so no choice is a reason to compile.
     return calibrate(metric, policy, observations, None, key)
 
 
-def _with_a_time(metric: AbstractCost, dtype: Any) -> AbstractCost:
+def _with_a_time(metric: AbstractCost, action: Array) -> AbstractCost:
     """The metric as it is until it is settled, in the shape that it has then."""
-    score = CalibratedScore(
-        time=jnp.asarray(0.9, dtype),
-        order=jnp.asarray(2),
-        relative_error=jnp.asarray(jnp.nan, dtype),
-        times=jnp.zeros(12, dtype),
-        criterion=jnp.zeros((2, 12), dtype),
-        relative_errors=jnp.zeros((2, 12), dtype),
-    )
+    score = unsettled_score(action, action.dtype)
     return jax.tree.map(lambda x: score if is_open(x) else x, metric, is_leaf=is_open)

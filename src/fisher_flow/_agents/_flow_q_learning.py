@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +13,7 @@ from .._data import Transitions
 from .._flows import AbstractPolicy, OneStepPolicy
 from .._networks import ActionMLP, make_encoder
 from .._refinement import BestOf
-from .._values import AbstractCriticLearning, TemporalDifference
+from .._values import AbstractCriticLearning, CriticLearner, TemporalDifference
 from ._agent import AbstractAgent, check_parts
 from ._behaviour_flow import BehaviourFlow
 from ._learner import adam, first, Learner
@@ -20,14 +21,13 @@ from ._learner import adam, first, Learner
 
 class FlowQState(eqx.Module):
     flow: Learner
-    critic: Learner
-    target_critic: Any
+    critic: CriticLearner
     actor: Learner
 
 
 class FlowQLearning(AbstractAgent):
     r"""Flow Q-learning (FQL): a one-step policy $\mu(o, z)$ that is distilled from the behaviour
-    flow and raises the critic at once,
+    flow and raises the critic at the same time,
 
     $$\min_\mu\; \alpha\, \mathbb E\bigl[\operatorname{mean}(\mu(o, z) - \mathrm{flow}(o, z))^2
         \bigr] - \frac{\mathbb E[Q(o, \mu(o, z))]}{\mathbb E|Q(o, \mu(o, z))|}, \qquad
@@ -49,42 +49,18 @@ class FlowQLearning(AbstractAgent):
         ```
     """
 
-    flow: BehaviourFlow
-    critic: AbstractCriticLearning
-    coefficient: ScalarLike
-    normalise_q: bool = eqx.field(static=True)
-    num_candidates: int = eqx.field(static=True)
-    learning_rate: ScalarLike
+    _: dataclasses.KW_ONLY
+    flow: BehaviourFlow = BehaviourFlow()
+    critic: AbstractCriticLearning = TemporalDifference()
+    coefficient: ScalarLike = 1.0
+    normalise_q: bool = eqx.field(default=True, static=True)
+    num_candidates: int = eqx.field(default=1, static=True)
+    learning_rate: ScalarLike = 3e-4
 
-    def __init__(
-        self,
-        *,
-        flow: BehaviourFlow = BehaviourFlow(),
-        critic: AbstractCriticLearning = TemporalDifference(),
-        coefficient: ScalarLike = 1.0,
-        normalise_q: bool = True,
-        num_candidates: int = 1,
-        learning_rate: ScalarLike = 3e-4,
-    ):
-        r"""**Arguments:**
-
-        - `flow`: the behaviour flow. Its widths and encoder are those of the actor too.
-        - `critic`: how the critic is made and learned.
-        - `coefficient`: the weight $\alpha$ of the distillation. It has to be tuned to each task.
-        - `normalise_q`: whether to divide by the mean of $|Q|$.
-        - `num_candidates`: the number of actions of which the best by the critic is taken when the
-            policy acts; published results use 1.
-        - `learning_rate`: the rate of Adam for the critic and the actor.
-        """
-        check_at_least("coefficient", coefficient, 0, 1.0)
-        check_parts(flow, critic, learning_rate)
-        check_positive_integer("num_candidates", num_candidates, 1)
-        self.flow = flow
-        self.critic = critic
-        self.coefficient = coefficient
-        self.normalise_q = normalise_q
-        self.num_candidates = num_candidates
-        self.learning_rate = learning_rate
+    def __check_init__(self):
+        check_at_least("coefficient", self.coefficient, 0, 1.0)
+        check_parts(self.flow, self.critic, self.learning_rate)
+        check_positive_integer("num_candidates", self.num_candidates, 1)
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> FlowQState:
         flow_key, critic_key, actor_key = jr.split(key, 3)
@@ -103,8 +79,7 @@ class FlowQLearning(AbstractAgent):
         optimiser = adam(self.learning_rate)
         return FlowQState(
             self.flow.init(example, key=flow_key),
-            Learner.init(critic, optimiser),
-            critic,
+            CriticLearner.init(critic, optimiser),
             Learner.init(actor, optimiser),
         )
 
@@ -112,25 +87,13 @@ class FlowQLearning(AbstractAgent):
         self, state: FlowQState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[FlowQState, dict[str, Scalar]]:
         flow_key, next_key, noise_key = jr.split(key, 3)
-        # Folded in beyond any row, so that no other key is this one or depends on the critic.
-        sample_key, critic_key = jr.split(jr.fold_in(key, 2**31))
         optimiser = adam(self.learning_rate)
         μ: OneStepPolicy = state.actor.model
         flow, flow_loss = self.flow.update(state.flow, batch, key=flow_key)
 
         next_keys = jr.split(next_key, len(batch))
         next_a = jax.vmap(lambda o, key: μ.sample(o, key=key))(batch.next_observations, next_keys)
-        next_q = self.critic.next_values(
-            state.target_critic, batch.next_observations, next_a, key=sample_key
-        )
-        y = self.critic.target(batch.rewards, batch.masks, next_q)
-
-        @eqx.filter_grad(has_aux=True)
-        def critic_gradient(critic):
-            return self.critic.loss(critic, batch.observations, batch.actions, y, key=critic_key)
-
-        gradient, critic_logs = critic_gradient(state.critic.model)
-        critic = state.critic.step(gradient, optimiser)
+        critic, critic_logs = state.critic.update(self.critic, optimiser, batch, next_a, key=key)
 
         z = jr.normal(noise_key, batch.actions.shape, batch.actions.dtype)
         π = self.flow.policy(state.flow)
@@ -148,11 +111,22 @@ class FlowQLearning(AbstractAgent):
 
         gradient, actor_logs = actor_gradient(μ)
         actor = state.actor.step(gradient, optimiser)
-        target_critic = self.critic.follow(state.target_critic, critic.model)
         logs = {"flow_loss": flow_loss, **critic_logs, **actor_logs}
-        return FlowQState(flow, critic, target_critic, actor), logs
+        return FlowQState(flow, critic, actor), logs
 
     def policy(self, state: FlowQState, observations: PyTree[Array], *, key: Any) -> AbstractPolicy:
         del observations, key
         μ, critic = state.actor.model, state.critic.model
         return μ if self.num_candidates == 1 else BestOf(μ, critic, self.num_candidates)
+
+
+FlowQLearning.__init__.__doc__ = r"""**Arguments:**
+
+- `flow`: the behaviour flow. The actor has the same widths and an encoder of the same kind.
+- `critic`: how the critic is made and learned.
+- `coefficient`: the weight $\alpha$ of the distillation. It has to be tuned to each task.
+- `normalise_q`: whether to divide by the mean of $|Q|$.
+- `num_candidates`: the number of actions that the policy draws when it acts. It takes the best of
+    them by the critic. Published results use 1.
+- `learning_rate`: the rate of Adam for the critic and the actor.
+"""

@@ -1,4 +1,4 @@
-from typing import Any
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from .._data import Transitions
 from .._flows import AbstractPolicy
 from .._networks import make_encoder, QNetwork, ValueNetwork
 from .._refinement import AbstractRefinement, BestOf, refine
-from .._values import AbstractCriticLearning, TemporalDifference
+from .._values import AbstractCriticLearning, CriticLearner, TemporalDifference
 from ._agent import AbstractAgent, check_parts
 from ._behaviour_flow import BehaviourFlow
 from ._learner import adam, first, Learner
@@ -19,8 +19,7 @@ from ._learner import adam, first, Learner
 
 class ImplicitQState(eqx.Module):
     flow: Learner
-    critic: Learner
-    target_critic: Any
+    critic: CriticLearner
     value: Learner
 
 
@@ -39,8 +38,8 @@ class ImplicitQLearning(AbstractAgent):
 
     ??? cite "Reference"
 
-        The critic is that of the first; a flow with the best of $N$ took the place of its policy
-        in the second, which calls it IFQL.
+        The first paper has the critic. The second replaces its policy by a flow with the best of
+        $N$ actions, and calls the method IFQL.
 
         ```bibtex
         @inproceedings{kostrikov2022offline,
@@ -58,42 +57,18 @@ class ImplicitQLearning(AbstractAgent):
         ```
     """
 
-    flow: BehaviourFlow
-    critic: AbstractCriticLearning
-    expectile: ScalarLike
-    refinement: AbstractRefinement | None
-    num_candidates: int = eqx.field(static=True)
-    learning_rate: ScalarLike
+    _: dataclasses.KW_ONLY
+    flow: BehaviourFlow = BehaviourFlow()
+    critic: AbstractCriticLearning = TemporalDifference()
+    expectile: ScalarLike = 0.9
+    refinement: AbstractRefinement | None = None
+    num_candidates: int = eqx.field(default=32, static=True)
+    learning_rate: ScalarLike = 3e-4
 
-    def __init__(
-        self,
-        *,
-        flow: BehaviourFlow = BehaviourFlow(),
-        critic: AbstractCriticLearning = TemporalDifference(),
-        expectile: ScalarLike = 0.9,
-        refinement: AbstractRefinement | None = None,
-        num_candidates: int = 32,
-        learning_rate: ScalarLike = 3e-4,
-    ):
-        r"""**Arguments:**
-
-        - `flow`: the behaviour flow.
-        - `critic`: how the critic is made and learned. Its widths and encoder are those of the
-            value too.
-        - `expectile`: the expectile $\kappa$ between 0 and 1; 1/2 is the mean.
-        - `refinement`: the `method` of [`fisher_flow.refine`][]; `None` for none.
-        - `num_candidates`: the number of actions of which the best by the critic is taken.
-        - `learning_rate`: the rate of Adam for the critic and the value.
-        """
-        check_at_least("expectile", expectile, 0, 0.9, maximum=1)
-        check_parts(flow, critic, learning_rate)
-        check_positive_integer("num_candidates", num_candidates, 32)
-        self.flow = flow
-        self.critic = critic
-        self.expectile = expectile
-        self.refinement = refinement
-        self.num_candidates = num_candidates
-        self.learning_rate = learning_rate
+    def __check_init__(self):
+        check_at_least("expectile", self.expectile, 0, 0.9, maximum=1)
+        check_parts(self.flow, self.critic, self.learning_rate)
+        check_positive_integer("num_candidates", self.num_candidates, 32)
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> ImplicitQState:
         flow_key, critic_key, value_key = jr.split(key, 3)
@@ -112,8 +87,7 @@ class ImplicitQLearning(AbstractAgent):
         optimiser = adam(self.learning_rate)
         return ImplicitQState(
             self.flow.init(example, key=flow_key),
-            Learner.init(critic, optimiser),
-            critic,
+            CriticLearner.init(critic, optimiser),
             Learner.init(value, optimiser),
         )
 
@@ -121,11 +95,9 @@ class ImplicitQLearning(AbstractAgent):
         self, state: ImplicitQState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[ImplicitQState, dict[str, Scalar]]:
         optimiser = adam(self.learning_rate)
-        # Folded in beyond any row, so that no other key is this one or depends on the critic.
-        critic_key = jr.fold_in(key, 2**31)
         flow, flow_loss = self.flow.update(state.flow, batch, key=key)
 
-        q = jax.vmap(state.target_critic)(batch.observations, jnp.asarray(batch.actions))
+        q = jax.vmap(state.critic.target)(batch.observations, jnp.asarray(batch.actions))
 
         @eqx.filter_grad(has_aux=True)
         def value_gradient(value):
@@ -138,17 +110,11 @@ class ImplicitQLearning(AbstractAgent):
         value = state.value.step(gradient, optimiser)
 
         next_v = jax.vmap(state.value.model)(batch.next_observations)
-        y = self.critic.target(batch.rewards, batch.masks, next_v)
-
-        @eqx.filter_grad(has_aux=True)
-        def critic_gradient(critic):
-            return self.critic.loss(critic, batch.observations, batch.actions, y, key=critic_key)
-
-        gradient, critic_logs = critic_gradient(state.critic.model)
-        critic = state.critic.step(gradient, optimiser)
-        target_critic = self.critic.follow(state.target_critic, critic.model)
+        critic, critic_logs = state.critic.update_towards(
+            self.critic, optimiser, batch, next_v, key=key
+        )
         logs = {"flow_loss": flow_loss, **critic_logs, **value_logs}
-        return ImplicitQState(flow, critic, target_critic, value), logs
+        return ImplicitQState(flow, critic, value), logs
 
     def policy(
         self, state: ImplicitQState, observations: PyTree[Array], *, key: PRNGKeyArray
@@ -158,3 +124,15 @@ class ImplicitQLearning(AbstractAgent):
         if self.refinement is not None:
             policy = refine(policy, critic, self.refinement, observations=observations, key=key)
         return policy if self.num_candidates == 1 else BestOf(policy, critic, self.num_candidates)
+
+
+ImplicitQLearning.__init__.__doc__ = r"""**Arguments:**
+
+- `flow`: the behaviour flow.
+- `critic`: how the critic is made and learned. The value has the same widths and an encoder of the
+    same kind.
+- `expectile`: the expectile $\kappa$ between 0 and 1; 1/2 is the mean.
+- `refinement`: the `method` of [`fisher_flow.refine`][]; `None` to leave the flow as it is.
+- `num_candidates`: the number of actions that the policy draws. It takes the best by the critic.
+- `learning_rate`: the rate of Adam for the critic and the value.
+"""

@@ -9,7 +9,8 @@ from .._flows import AbstractPolicy
 
 
 class NormalisedPolicy(AbstractPolicy):
-    """A policy that was trained on normalised observations, for observations as they come."""
+    """A policy that was trained on normalised observations, made to take observations as the
+    environment returns them."""
 
     policy: AbstractPolicy
     normaliser: Normaliser

@@ -1,4 +1,4 @@
-from typing import Any
+import dataclasses
 
 import equinox as eqx
 import jax.random as jr
@@ -8,7 +8,7 @@ from .._checks import check_positive_integer
 from .._data import Transitions
 from .._flows import AbstractPolicy
 from .._refinement import AbstractRefinement, BestOf, NaturalStep, refine
-from .._values import AbstractCriticLearning, TemporalDifference
+from .._values import AbstractCriticLearning, CriticLearner, TemporalDifference
 from ._agent import AbstractAgent, check_parts, require_next_actions
 from ._behaviour_flow import BehaviourFlow
 from ._learner import adam, first, Learner
@@ -16,18 +16,17 @@ from ._learner import adam, first, Learner
 
 class OneStepState(eqx.Module):
     flow: Learner
-    critic: Learner
-    target_critic: Any
+    critic: CriticLearner
 
 
 class OneStep(AbstractAgent):
-    r"""One step of policy improvement: a behaviour flow, the critic of the behaviour policy, and a
-    refinement of the one by the other at the end.
+    r"""One step of policy improvement: a behaviour flow, a critic of the behaviour policy, and, at
+    the end, a refinement of the flow by the critic.
 
     The target of the critic takes the action $a'$ that the data took next. So no policy is sampled
-    in training, and no action is evaluated that is not in the data: it is the cheapest agent here
-    and the hardest to break. Nothing has to be settled before the end: `policy` of the same state
-    with another `refinement` is another agent.
+    in training, and no action is evaluated that is not in the data. It is the cheapest agent here
+    and the hardest to break. The `refinement` plays no part in training: an agent with another one
+    makes another policy of the same state.
 
     Logs `flow_loss`, `critic_loss` (in squared units of the return; grows with it), `q_mean`
     (should settle near the mean return that is left) and `q_max` (far above any return in the data
@@ -35,7 +34,7 @@ class OneStep(AbstractAgent):
 
     ??? cite "Reference"
 
-        That a single step of improvement rivals many, offline, was shown by
+        Offline, a single step of improvement can be as good as many:
 
         ```bibtex
         @inproceedings{brandfonbrener2021offline,
@@ -48,68 +47,36 @@ class OneStep(AbstractAgent):
         ```
     """
 
-    flow: BehaviourFlow
-    critic: AbstractCriticLearning
-    refinement: AbstractRefinement | None
-    num_candidates: int = eqx.field(static=True)
-    learning_rate: ScalarLike
+    _: dataclasses.KW_ONLY
+    flow: BehaviourFlow = BehaviourFlow()
+    critic: AbstractCriticLearning = TemporalDifference()
+    refinement: AbstractRefinement | None = NaturalStep()
+    num_candidates: int = eqx.field(default=2, static=True)
+    learning_rate: ScalarLike = 3e-4
 
-    def __init__(
-        self,
-        *,
-        flow: BehaviourFlow = BehaviourFlow(),
-        critic: AbstractCriticLearning = TemporalDifference(),
-        refinement: AbstractRefinement | None = NaturalStep(),
-        num_candidates: int = 2,
-        learning_rate: ScalarLike = 3e-4,
-    ):
-        """**Arguments:**
-
-        - `flow`: the behaviour flow.
-        - `critic`: how the critic is made and learned.
-        - `refinement`: the `method` of [`fisher_flow.refine`][]; `None` for none.
-        - `num_candidates`: the number of refined actions of which the best by the critic is taken;
-            1 for none.
-        - `learning_rate`: the rate of Adam for the critic.
-        """
-        check_parts(flow, critic, learning_rate)
-        check_positive_integer("num_candidates", num_candidates, 2)
-        self.flow = flow
-        self.critic = critic
-        self.refinement = refinement
-        self.num_candidates = num_candidates
-        self.learning_rate = learning_rate
+    def __check_init__(self):
+        check_parts(self.flow, self.critic, self.learning_rate)
+        check_positive_integer("num_candidates", self.num_candidates, 2)
 
     def init(self, example: Transitions, *, key: PRNGKeyArray) -> OneStepState:
-        require_next_actions(example, "`OneStep`", "train `ImplicitQLearning`, which needs none")
+        require_next_actions(
+            example, "`OneStep`", "train `ImplicitQLearning`, which does not need them"
+        )
         flow_key, critic_key = jr.split(key)
         critic = self.critic.init(*first(example), key=critic_key)
         return OneStepState(
             self.flow.init(example, key=flow_key),
-            Learner.init(critic, adam(self.learning_rate)),
-            critic,
+            CriticLearner.init(critic, adam(self.learning_rate)),
         )
 
     def update(
         self, state: OneStepState, batch: Transitions, *, key: PRNGKeyArray
     ) -> tuple[OneStepState, dict[str, Scalar]]:
-        # Folded in beyond any row, so that no other key is this one or depends on the critic.
-        sample_key, critic_key = jr.split(jr.fold_in(key, 2**31))
         flow, flow_loss = self.flow.update(state.flow, batch, key=key)
-
-        next_q = self.critic.next_values(
-            state.target_critic, batch.next_observations, batch.next_actions, key=sample_key
+        critic, logs = state.critic.update(
+            self.critic, adam(self.learning_rate), batch, batch.next_actions, key=key
         )
-        y = self.critic.target(batch.rewards, batch.masks, next_q)
-
-        @eqx.filter_grad(has_aux=True)
-        def critic_gradient(critic):
-            return self.critic.loss(critic, batch.observations, batch.actions, y, key=critic_key)
-
-        gradient, logs = critic_gradient(state.critic.model)
-        critic = state.critic.step(gradient, adam(self.learning_rate))
-        target_critic = self.critic.follow(state.target_critic, critic.model)
-        return OneStepState(flow, critic, target_critic), {"flow_loss": flow_loss, **logs}
+        return OneStepState(flow, critic), {"flow_loss": flow_loss, **logs}
 
     def policy(
         self, state: OneStepState, observations: PyTree[Array], *, key: PRNGKeyArray
@@ -119,3 +86,14 @@ class OneStep(AbstractAgent):
         if self.refinement is not None:
             policy = refine(policy, critic, self.refinement, observations=observations, key=key)
         return policy if self.num_candidates == 1 else BestOf(policy, critic, self.num_candidates)
+
+
+OneStep.__init__.__doc__ = """**Arguments:**
+
+- `flow`: the behaviour flow.
+- `critic`: how the critic is made and learned.
+- `refinement`: the `method` of [`fisher_flow.refine`][]; `None` to leave the flow as it is.
+- `num_candidates`: the number of refined actions that the policy draws. It takes the best by the
+    critic; 1 for no choice.
+- `learning_rate`: the rate of Adam for the critic.
+"""

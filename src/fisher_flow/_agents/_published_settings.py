@@ -28,10 +28,10 @@ class PublishedSettings(NamedTuple):
     """How FiDec makes one of the two values of the critic; here in the loss of the policy too."""
 
     rival_aggregate: Callable[[Array], Array]
-    """How FQL and DeFlow do it."""
+    """How FQL and DeFlow make one of the two values."""
 
     radius: float
-    """The radius of FiDec, by the metric of its paper; it is no KL."""
+    """The radius of FiDec, by the metric of its paper. It is not a KL."""
 
     divergence: float
     """The divergence of DeFlow."""
@@ -74,7 +74,7 @@ class PublishedSettings(NamedTuple):
         return FlowQLearning(**(defaults | options))
 
     def implicit_q_learning(self, **options: Any) -> ImplicitQLearning:
-        """IFQL: the best of 32 actions, by the expectile 0.9, and with the aggregate of FiDec.
+        """IFQL: the best of 32 actions, with the expectile 0.9 and the aggregate of FiDec.
 
         **Arguments:**
 
@@ -146,8 +146,9 @@ def published_settings(task: str) -> PublishedSettings:
 
     ??? cite "Reference"
 
-        The coefficients, the divergences and how both aggregate are those of the authors' code,
-        the rest is from the appendix of the first. Its radii for images are those without.
+        The coefficients, the divergences and both aggregates come from the authors' code. The rest
+        comes from the appendix of the first paper. The radii for tasks with images are the radii
+        of the same tasks without images.
 
         ```bibtex
         @article{cheng2026fisher,
@@ -175,7 +176,8 @@ def published_settings(task: str) -> PublishedSettings:
     if len(names) == 0:
         example = "FisherDecorator(radius=0.5, critic=TemporalDifference(discount=0.99))"
         if not single_task and any(task.startswith(name) for name in _ogbench):
-            example = f"published_settings({'-'.join([*words[:-1], 'singletask', words[-1]])!r})"
+            kept = [word for word in words[:-1] if word != "oraclerep"]
+            example = f"published_settings({'-'.join([*kept, 'singletask', words[-1]])!r})"
         raise ValueError(
             "`task` must be a single task of OGBench or a task of D4RL with published settings, "
             f"from {', '.join(_ogbench)} or {', '.join(_d4rl)}, but got `{task!r}`. Write "

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ._columns import check_actions, check_ends, read_columns, single_precision
+from ._columns import (
+    check_actions,
+    check_ends,
+    check_flags,
+    open_whole,
+    read_columns,
+    single_precision,
+)
 from ._transitions import Transitions
 
 
@@ -48,7 +55,8 @@ def load_d4rl(
     **Raises:**
 
     - `FileNotFoundError` if the file is missing.
-    - `ValueError` if the file is not in D4RL's layout, or its rewards do not fit `maze_rewards`.
+    - `ValueError` if the file is damaged or not in D4RL's layout, or its rewards do not fit
+        `maze_rewards`.
     - `ImportError` if h5py is not installed.
 
     ??? cite "Reference"
@@ -77,25 +85,19 @@ def load_d4rl(
             f"The file `{path}` is missing. Put an HDF5 file in the layout of D4RL there, or make "
             f"one: `python examples/make_data.py {task} --out {path.parent}`."
         )
-    if not h5py.is_hdf5(path):
-        raise ValueError(
-            f"`path={str(path)!r}` must be an HDF5 file, but is not, or was copied in part only. "
-            "For a file of OGBench write `load_ogbench(name, folder)`."
-        )
-    with h5py.File(path, "r") as file:
+    with open_whole(path, "HDF5", lambda path: h5py.File(path, "r")) as file:
         required = ("observations", "actions", "rewards", "terminals")
         columns = read_columns(path, file, required, ("timeouts",))
 
     o, a = single_precision(columns["observations"]), columns["actions"]
     rewards = columns["rewards"].reshape(len(o), -1)
-    terminals = columns["terminals"].reshape(len(o), -1)
-    for name, column in (("rewards", rewards), ("terminals", terminals)):
-        if column.shape[1] != 1:
-            raise ValueError(
-                f"`{name}` of `{path}` must have one entry a row, but got shape "
-                f"{columns[name].shape}. Write `{name}=column[:, 0]`."
-            )
-    rewards, terminals = rewards[:, 0].astype(np.float32), terminals[:, 0].astype(bool)
+    if rewards.shape[1] != 1:
+        raise ValueError(
+            f"`rewards` of `{path}` must have one entry a row, but got shape "
+            f"{columns['rewards'].shape}. Write `rewards=column[:, 0]`."
+        )
+    rewards = rewards[:, 0].astype(np.float32)
+    terminals = check_flags(path, "terminals", columns["terminals"])
     rewards = _maze_rewards(path, rewards, maze_rewards)
     limit = 1 - 1e-5
     check_actions(
@@ -107,7 +109,7 @@ def load_d4rl(
     a = np.clip(a, -limit, limit).astype(np.float32)
 
     if "timeouts" in columns:
-        timeouts = columns["timeouts"].reshape(-1).astype(bool)
+        timeouts = check_flags(path, "timeouts", columns["timeouts"])
     else:
         timeouts = _count_steps(terminals, max_episode_steps)
     check_ends(

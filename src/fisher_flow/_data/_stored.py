@@ -69,7 +69,8 @@ def save_transitions(
 
     - `folder`: where to write. It is made if it is not there.
     - `parts`: the transitions, or an iterable of parts of them. Parts may differ in length only.
-        Observations are arrays, or dictionaries, lists and tuples of arrays.
+        Observations are arrays, or dictionaries, lists and tuples of arrays. A named tuple is
+        opened as a tuple, since its class is not in the folder.
 
     **Raises:**
 
@@ -119,7 +120,14 @@ def open_transitions(folder: str | os.PathLike[str]) -> Transitions:
             f"`folder={str(folder)!r}` {why}. Load files of other libraries with their reader, and "
             f"write `fisher_flow.save_transitions({str(folder)!r}, transitions)`."
         )
-    return _open(folder, record["columns"], record["rows"])
+    try:
+        return _open(folder, record["columns"], record["rows"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`{folder / _RECORD}` must have the rows and the columns of the folder, but cannot be "
+            f"read ({type(error).__name__}: {error}). Copy the folder again, or write it again: "
+            f"`fisher_flow.save_transitions({str(folder) + '_2'!r}, transitions)`."
+        ) from error
 
 
 def is_mapped(leaf: Any) -> bool:
@@ -256,8 +264,9 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get("format") == _FORMAT else None
 
 
-def _open(folder: Path, layout: dict[str, Any], rows: int) -> Transitions:
+def _open(folder: Path, layout: Any, rows: Any) -> Transitions:
     known = [field.name for field in dataclasses.fields(Transitions)]
+    layout = layout | {"action_masks": layout.get("action_masks")}  # not in older folders
     if sorted(layout) != sorted(known):
         raise ValueError(
             f"`{folder / _RECORD}` must have the columns {', '.join(known)}, but has "
@@ -271,7 +280,7 @@ def _open(folder: Path, layout: dict[str, Any], rows: int) -> Transitions:
     return jax.tree.unflatten(structure, jax.tree.leaves([columns[name] for name in known]))
 
 
-def _map(path: Path, rows: int) -> np.ndarray:
+def _map(path: Path, rows: Any) -> np.ndarray:
     try:
         column = np.load(path, mmap_mode="r", allow_pickle=False)
         problem = None if len(column) == rows else f"has {len(column)} rows, not {rows}"
@@ -298,9 +307,9 @@ def _layout(name: str, tree: PyTree[Any]) -> Any:
     if type(tree) is dict and all(isinstance(key, str) for key in tree):
         parts = enumerate(sorted(tree.items()))
         return {"dict": {key: _layout(f"{name}.{i}", value) for i, (key, value) in parts}}
-    if type(tree) in (list, tuple):
+    if type(tree) is list or isinstance(tree, tuple):
         parts = [_layout(f"{name}.{i}", value) for i, value in enumerate(tree)]
-        return {type(tree).__name__: parts}
+        return {"list" if type(tree) is list else "tuple": parts}
     if isinstance(tree, np.ndarray) and _plain(tree.dtype):
         return f"{name}.npy"
     what = f"dtype {tree.dtype}" if isinstance(tree, np.ndarray) else f"`{type(tree).__name__}`"

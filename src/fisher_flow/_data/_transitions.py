@@ -1,7 +1,9 @@
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree, ScalarLike
 
@@ -13,7 +15,8 @@ from .._checks import (
     short,
 )
 from .._custom_types import Data
-from ._columns import check_finite
+from .._trees import plain
+from ._columns import as_column, as_columns, check_finite
 
 
 class TooShortError(ValueError):
@@ -51,6 +54,7 @@ class Transitions(eqx.Module):
     next_observations: PyTree[Data]
     next_actions: Any  # `Float[Data, "rows ..."]`, or `None`
     ends: Bool[Data, " rows"]
+    action_masks: Any  # `Float[Data, "rows horizon"]`, or `None`
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Transitions(eqx.Module):
         next_observations: PyTree[Any],
         next_actions: Any = None,
         ends: Any = None,
+        action_masks: Any = None,
     ):
         r"""**Arguments:**
 
@@ -73,15 +78,33 @@ class Transitions(eqx.Module):
         - `next_actions`: the action that the data took there; `None` if it is not known.
         - `ends`: whether a row is the last of its trajectory. `None` if the rows are in no order,
             as in a replay buffer.
+        - `action_masks`: 1 for each action of a chunk that was taken, 0 for each that only fills
+            the chunk up, as [`fisher_flow.Transitions.chunks`][] says. `None` if all were taken.
+
+        A column is anything that NumPy makes an array of numbers from: an array, a list of numbers,
+        a tensor on the host, a series or a table of pandas, Polars or Arrow. Its rows go by
+        position, whatever index it has. Mappings among the observations become dictionaries.
+
+        Booleans and integers become floating point numbers in `rewards` and `masks`, and booleans
+        in `ends`. In `observations` they stay as they are, and networks read them as numbers;
+        `uint8` arrays with three or four axes a row but the first are images. Actions that are not
+        floating point numbers are refused, since they may be names of choices.
 
         **Raises:**
 
-        - `ValueError` if lengths, shapes or structures do not match, an entry is not finite, or a
-            mask is not between 0 and 1.
+        - `ValueError` if a column does not hold real numbers (objects, strings, dates, complex
+            numbers), lengths, shapes or structures do not match, an entry is not finite, or a mask
+            is not between 0 and 1.
         """
-        rewards, masks = _floating(rewards), _floating(masks)
-        actions = _array(actions)
-        next_actions = None if next_actions is None else _array(next_actions)
+        rewards, masks = _floating("rewards", rewards), _floating("masks", masks)
+        actions = as_column("actions", actions)
+        if next_actions is not None:
+            next_actions = as_column("next_actions", next_actions)
+        if action_masks is not None:
+            action_masks = _floating("action_masks", action_masks)
+        rows = rewards.shape[0] if rewards.ndim else 0
+        observations = _observations("observations", observations, rows)
+        next_observations = _observations("next_observations", next_observations, rows)
         columns = dict(
             observations=observations,
             actions=actions,
@@ -91,7 +114,9 @@ class Transitions(eqx.Module):
         )
         if next_actions is not None:
             columns["next_actions"] = next_actions
-        ends = np.ones(np.shape(rewards), bool) if ends is None else _cast(_array(ends), bool)
+        if action_masks is not None:
+            columns["action_masks"] = action_masks
+        ends = np.ones(np.shape(rewards)[:1], bool) if ends is None else _flags("ends", ends)
         check_equal_lengths(**columns, ends=ends)
         for name, column in (("rewards", rewards), ("masks", masks), ("ends", ends)):
             if np.ndim(column) != 1:
@@ -116,12 +141,30 @@ class Transitions(eqx.Module):
             )
         for name, column in columns.items():
             check_finite(name, column)
-        least, most = float(masks.min()), float(masks.max())
-        if least < 0 or most > 1:
-            raise ValueError(
-                f"`masks` must be between 0 and 1, but they range from {least:.4g} to {most:.4g}. "
-                "Write `masks=1 - terminated`, with 1 for `terminated` where an episode is over."
-            )
+        for name, column, example in (
+            ("masks", masks, "1 - terminated"),
+            ("action_masks", action_masks, "(steps < length[:, None]).astype(np.float32)"),
+        ):
+            if column is None:
+                continue
+            least, most = float(column.min()), float(column.max())
+            if least < 0 or most > 1:
+                meaning = "1 for `terminated` where an episode is over"
+                if name == "action_masks":
+                    meaning = "`steps = np.arange(horizon)`"
+                raise ValueError(
+                    f"`{name}` must be between 0 and 1, but they range from {least:.4g} to "
+                    f"{most:.4g}. Write `{name}={example}`, with {meaning}."
+                )
+        if action_masks is not None:
+            shape, size = action_masks.shape, action_masks.ndim
+            if size < 2 or actions.shape[:size] != shape:
+                raise ValueError(
+                    "`action_masks` must have one entry for each action of a chunk, of shape "
+                    f"(rows, horizon), but got shape {shape} for actions of shape {actions.shape}. "
+                    "Write `transitions.chunks(horizon, discount)`, which makes both, or "
+                    "`action_masks=None` if all of them were taken."
+                )
         self.observations = observations
         self.actions = actions
         self.rewards = rewards
@@ -129,6 +172,7 @@ class Transitions(eqx.Module):
         self.next_observations = next_observations
         self.next_actions = next_actions
         self.ends = ends
+        self.action_masks = action_masks
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -139,6 +183,8 @@ class Transitions(eqx.Module):
 
         A row whose successor is not the next of those chosen is the last of its trajectory.
         """
+        if not isinstance(rows, slice | int | np.ndarray | jax.Array | type(None)):
+            rows = np.asarray(rows, None if np.size(rows) else int)  # by position, of any index
         chosen = jax.tree.map(lambda column: column[rows], self)
         if isinstance(rows, slice):  # in time and memory that do not grow with what is left out
             ends = np.array(chosen.ends)
@@ -181,6 +227,7 @@ class Transitions(eqx.Module):
                 f"`terminated` must have one entry an episode, but got `{short(terminated)}`. "
                 f"Write `terminated={example}`."
             )
+        terminated = _flags("terminated", [*terminated]).tolist() if len(terminated) else []
         if not len(observations) == len(actions) == len(rewards) == len(terminated) > 0:
             raise ValueError(
                 "`observations`, `actions`, `rewards` and `terminated` must have one entry an "
@@ -192,8 +239,16 @@ class Transitions(eqx.Module):
         for i, (o, a, r, end) in enumerate(
             zip(observations, actions, rewards, terminated, strict=True)
         ):
-            o = jax.tree.map(np.asarray, o)
-            a, r = np.asarray(a), np.asarray(r)
+            o = jax.tree.map(np.asarray, as_columns(f"observations[{i}]", o))
+            a = np.asarray(as_column(f"actions[{i}]", a))
+            r = np.asarray(as_column(f"rewards[{i}]", r))
+            if 0 in (r.ndim, a.ndim) or any(leaf.ndim == 0 for leaf in jax.tree.leaves(o)):
+                raise ValueError(
+                    "Each of `observations`, `actions` and `rewards` must have one entry an "
+                    f"episode, with a row for each step, but got single numbers in episode {i}. "
+                    "For a single episode write `Transitions.from_episodes([observations], "
+                    "[actions], [rewards], [terminated])`."
+                )
             steps = len(r)
             lengths = {len(leaf) for leaf in jax.tree.leaves(o)}
             if len(a) != steps or lengths != {steps + 1}:
@@ -255,26 +310,33 @@ class Transitions(eqx.Module):
         check_discount(discount)
         if num_steps > 1:
             self._require_order("to look several steps ahead")
-        # In goal-free play an episode terminates, by the masks of a task, in midst of a trajectory.
+        # In goal-free play an episode terminates, by the masks of a task, amid a trajectory.
         last = _last_rows(np.asarray(self.ends) | (np.asarray(self.masks) == 0))
-        rows = np.arange(len(self))
-        rewards = np.asarray(self.rewards)
-        total = np.zeros_like(rewards)
-        factor = np.ones_like(rewards)
-        stop = np.minimum(rows + num_steps - 1, last)
+        stop = np.minimum(np.arange(len(self)) + num_steps - 1, last)
+        rewards, masks = self._returns(stop, num_steps, discount)
+        return Transitions(
+            self.observations,
+            self.actions,
+            rewards,
+            masks,
+            jax.tree.map(lambda leaf: leaf[stop], self.next_observations),
+            None if self.next_actions is None else self.next_actions[stop],
+            self.ends,
+            self.action_masks,
+        )
+
+    def _returns(
+        self, stop: np.ndarray, num_steps: int, discount: ScalarLike
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The discounted sums of the rewards from each row to its `stop`, and the masks there,
+        times the power of the discount that has been spent by then."""
+        rows, rewards = np.arange(len(self)), np.asarray(self.rewards)
+        total, factor = np.zeros_like(rewards), np.ones_like(rewards)
         for i in range(num_steps):
             inside = rows + i <= stop
             total += np.where(inside, discount**i * rewards[np.minimum(rows + i, stop)], 0)
             factor = np.where(inside, np.asarray(discount**i, rewards.dtype), factor)
-        return Transitions(
-            self.observations,
-            self.actions,
-            total,
-            factor * np.asarray(self.masks)[stop],
-            jax.tree.map(lambda leaf: leaf[stop], self.next_observations),
-            None if self.next_actions is None else self.next_actions[stop],
-            self.ends,
-        )
+        return total, factor * np.asarray(self.masks)[stop]
 
     def _require_order(self, purpose: str) -> None:
         # Where every row terminates, as in a bandit, there is nothing to look ahead to.
@@ -289,12 +351,19 @@ class Transitions(eqx.Module):
         )
 
     def chunks(self, horizon: int, discount: ScalarLike) -> "Transitions":
-        r"""Transitions of chunks of actions: of every run of `horizon` rows, the actions of shape
-        `(horizon, *action)`, the discounted sum of the rewards and where the run led.
+        r"""Transitions of chunks of actions: from every row on, the next `horizon` actions, of
+        shape `(horizon, *action)`, the discounted sum of their rewards and where they led.
 
-        Runs that cross the end of a trajectory are left out. `next_actions` is the chunk that
-        follows; runs of which it is not in the data are left out too, unless the episode has
-        terminated by then.
+        A chunk that reaches beyond the end of its trajectory is kept. Its last action is repeated
+        to fill it up, and `action_masks`, of shape `(rows, horizon)`, are 1 for the actions that
+        were taken and 0 for the repeated ones. Flow matching learns from the former only. The
+        rewards, the mask and the next observation are those up to the end: after a termination
+        nothing follows; where a trajectory was cut off, the value of what follows is asked for
+        there, after fewer steps.
+
+        `next_actions` is the chunk that follows, filled up in the same way. Where not even its
+        first action is in the data, the sum of the rewards stops one row earlier, and a row that
+        has no earlier one is left out.
 
         **Arguments:**
 
@@ -303,42 +372,58 @@ class Transitions(eqx.Module):
 
         **Raises:**
 
-        - `ValueError` if the rows are in no order, or no trajectory is long enough.
+        - `ValueError` if the rows are in no order, or no trajectory has as many rows as `horizon`.
         """
         check_positive_integer("horizon", horizon, 5)
+        check_discount(discount)
         if horizon > 1:
             self._require_order("for chunks of several actions")
-        last = _last_rows(np.asarray(self.ends))
-        rows = np.arange(len(self))
-        stop = rows + horizon - 1
+        ends, masks = np.asarray(self.ends), np.asarray(self.masks)
+        last = _last_rows(ends)
+        rows, steps = np.arange(len(self)), np.arange(horizon)
+        longest = int(np.max(np.bincount(last))) if len(self) else 0
+        if horizon > longest:  # the last actions of a chunk would have been taken nowhere
+            raise TooShortError(
+                "`horizon` must leave at least one chunk that lies within a trajectory, but got "
+                f"`{horizon}` for trajectories of at most {longest} rows. Write "
+                f"`horizon={max(1, longest // 2)}`."
+            )
         actions = np.asarray(self.actions)
+        # The last row of each trajectory of which it is known what was done next. Nothing is done
+        # after a terminal row, whatever stands there.
         if self.next_actions is None:
             next_actions, reach = np.roll(actions, -1, axis=0), last - 1
         else:
-            # Nothing is done after a terminal row, whatever stands there.
-            terminal = np.asarray(self.masks)[last] == 0
-            next_actions, reach = np.asarray(self.next_actions), last - terminal
-        multi = self.n_step(horizon, discount)
-        terminates = np.asarray(multi.masks) == 0
-        keep = (stop <= last) & (terminates | (stop + horizon - 1 <= reach))
+            next_actions, reach = np.asarray(self.next_actions), last - (masks[last] == 0)
+        # As in `n_step`, a mask of 0 stops the rewards, amid a trajectory too.
+        stop = np.minimum(rows + horizon - 1, _last_rows(ends | (masks == 0)))
+        stop = np.where(masks[stop] == 0, stop, np.minimum(stop, reach))
+        keep = stop >= rows
         if not keep.any():
-            longest = int(np.max(np.bincount(last)))
             raise TooShortError(
-                "`horizon` must leave at least one chunk and the one after it in a trajectory, "
-                f"but got `{horizon}` for trajectories of at most {longest} rows. Write "
-                f"`horizon={max(1, longest // 2)}`."
+                "`ends` must leave a row with one after it in some trajectory, but each of the "
+                f"{len(self)} rows is a trajectory of its own, and none has terminated. Write "
+                "`Transitions(..., next_actions=next_actions)`, or `ends=ends`."
             )
-        rows, stop = rows[keep], stop[keep]
-        steps = np.arange(horizon)
-        following = np.minimum(stop[:, None] + steps, len(self) - 1)  # surplus ones are masked
+        rewards, masks = self._returns(np.maximum(stop, rows), horizon, discount)
+        rows, stop, last, reach = rows[keep], stop[keep], last[keep], reach[keep]
+        within = rows[:, None] + steps <= last[:, None]
+        taken = within.astype(np.float32)
+        index = np.minimum(rows[:, None] + steps, last[:, None])
+        if self.action_masks is not None:  # of chunks of chunks
+            inner = np.asarray(self.action_masks)[index]
+            taken = taken.reshape(taken.shape + (1,) * (inner.ndim - 2)) * inner
+        # Of a chunk that terminates the next one is masked, but has to be finite.
+        following = np.minimum(stop[:, None] + steps, np.maximum(reach, stop)[:, None])
         return Transitions(
             jax.tree.map(lambda leaf: leaf[rows], self.observations),
-            actions[rows[:, None] + steps],
-            np.asarray(multi.rewards)[rows],
-            np.asarray(multi.masks)[rows],
+            actions[index],
+            rewards[keep],
+            masks[keep],
             jax.tree.map(lambda leaf: leaf[stop], self.next_observations),
             next_actions[following],
-            np.append(np.diff(rows) != 1, True) | np.asarray(self.ends)[rows],
+            np.append(np.diff(rows) != 1, True) | ends[rows],
+            taken,
         )
 
     def stack_frames(self, num_frames: int) -> "Transitions":
@@ -408,21 +493,53 @@ class Transitions(eqx.Module):
                     f"`others[{i}]` must have the columns of these transitions, but got "
                     f"{eqx.tree_pformat(other)} for {eqx.tree_pformat(self)}. Where one of them "
                     "has no next actions, write `dataclasses.replace(t, next_actions=None)` for "
-                    "the other."
+                    "the other; where one of them has chunks, make those of the other first: "
+                    "`t.chunks(horizon, discount)`."
                 )
         # A slice of a trajectory is cut off where it ends, and must not run on into the next part.
         parts = [part[:] for part in (self, *others)]
         return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
 
 
-def _array(column: Any) -> Data:
-    return column if hasattr(column, "dtype") else np.asarray(column)
-
-
-def _floating(column: Any) -> Data:
-    column = _array(column)
-    exact = not np.issubdtype(column.dtype, np.inexact)
+def _floating(name: str, column: Any) -> Data:
+    column = as_column(name, column)
+    exact = not jnp.issubdtype(column.dtype, np.inexact)
     return _cast(column, np.float32) if exact else column  # such as rewards 0 and 1
+
+
+def _flags(name: str, column: Any) -> Data:
+    column = as_column(name, column)
+    if column.dtype == bool or column.size == 0:
+        return column
+    least, most = float(column.min()), float(column.max())
+    between = np.asarray(column)
+    if least < 0 or most > 1 or not np.all((between == 0) | (between == 1)):
+        raise ValueError(
+            f"`{name}` must be True or False for each row, but the entries range from {least:.4g} "
+            f"to {most:.4g}. For the numbers of the last rows write "
+            f"`{name}=np.isin(np.arange(rows), {name})`."
+        )
+    return _cast(column, bool)
+
+
+def _observations(name: str, tree: PyTree[Any], rows: int) -> PyTree[Any]:
+    """The columns of observations. Refuses a list with an observation for each row, which would be
+    taken for as many columns."""
+    if type(tree) in (list, tuple) and len(tree) == rows:
+        leaves = [leaf for leaf in jax.tree.leaves(plain(tree)) if hasattr(leaf, "shape")]
+        by_row = any(np.shape(leaf)[:1] != (rows,) for leaf in leaves)
+        if by_row and all(isinstance(row, Mapping) for row in tree):
+            raise ValueError(
+                f"`{name}` must be a PyTree of columns with {rows} rows each, but got a list of "
+                f"{rows} dictionaries, one for each row. Write "
+                f"`{name}=jax.tree.map(lambda *rows: np.stack(rows), *{name})`."
+            )
+        if by_row and all(hasattr(row, "shape") and np.ndim(row) > 0 for row in tree):
+            raise ValueError(
+                f"`{name}` must be a PyTree of columns with {rows} rows each, but got a list of "
+                f"{rows} arrays, one for each row. Write `{name}=np.stack({name})`."
+            )
+    return as_columns(name, tree)
 
 
 def _cast(column: Data, dtype: Any) -> Data:

@@ -2,6 +2,7 @@ from ._bounds import TanhBounds as TanhBounds
 from ._check_convention import check_convention as check_convention
 from ._flow_matching import fit_flow as fit_flow, flow_matching_loss as flow_matching_loss
 from ._foreign import BatchedVelocity as BatchedVelocity
+from ._given import given as given
 from ._mixture import GaussianMixtureVelocity as GaussianMixtureVelocity
 from ._one_step_policy import OneStepPolicy as OneStepPolicy
 from ._path import (

@@ -67,6 +67,14 @@ class TanhBounds(eqx.Module):
                 f"`TanhBounds` must be finite, but got `low={low}` and `high={high}`. Write "
                 "`TanhBounds(-1.0, 1.0)`, or `bounds=None` for actions without bounds."
             )
+        if np.all(np.asarray(low) <= np.asarray(high)) and np.any(
+            np.asarray(low) == np.asarray(high)
+        ):
+            raise ValueError(
+                f"`low` must be below `high` everywhere, but got `low={low}` and `high={high}`, "
+                "where some entries are equal: such an entry is a constant, for which no unbounded "
+                "variable can stand. Write `bounds=(low, high)`, which clips and allows constants."
+            )
         if not np.all(np.asarray(low) < np.asarray(high)):
             raise ValueError(
                 f"`low` must be below `high` everywhere, but got `low={low}` and `high={high}`. "
@@ -112,7 +120,10 @@ def clip(bounds: tuple[Any, Any], action: Action) -> Action:
 
 
 def checked_bounds(bounds: Any, action_shape: tuple[int, ...]) -> Any:
-    """Bounds as nested tuples: constants, which an optimiser does not take for parameters."""
+    """Bounds as nested tuples: constants, which an optimiser does not take for parameters.
+
+    Where `low` equals `high`, clipping makes that entry of every action the constant they share.
+    """
     if bounds is None:
         return None
     is_box = isinstance(bounds, TanhBounds) or (hasattr(bounds, "low") and hasattr(bounds, "high"))
@@ -125,9 +136,9 @@ def checked_bounds(bounds: Any, action_shape: tuple[int, ...]) -> Any:
             f"of numbers or arrays of shape {action_shape}, but got `{bounds!r}`. Write "
             "`bounds=(-1.0, 1.0)`."
         ) from None
-    if not np.all(low < high):
+    if not np.all(low <= high):
         raise ValueError(
-            f"`bounds` must have `low` below `high` everywhere, but got `low={low.tolist()}` and "
+            f"`bounds` must not have `low` above `high` anywhere, but got `low={low.tolist()}` and "
             f"`high={high.tolist()}`. Write `bounds=(low, high)`, the lower bound first: for "
             f"example `bounds=({float(np.min([low, high]))}, {float(np.max([low, high]))})`."
         )

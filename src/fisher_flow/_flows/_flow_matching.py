@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,12 @@ from ._policy import FlowPolicy
 
 
 def flow_matching_loss(
-    policy: FlowPolicy, observation: Observation, action: Action, *, key: PRNGKeyArray
+    policy: FlowPolicy,
+    observation: Observation,
+    action: Action,
+    mask: Any = None,
+    *,
+    key: PRNGKeyArray,
 ) -> Scalar:
     r"""The conditional flow-matching loss of one logged action,
 
@@ -31,6 +38,9 @@ def flow_matching_loss(
     - `policy`: the policy whose velocity is trained.
     - `observation`: one observation, any PyTree of arrays.
     - `action`: the action that was taken there.
+    - `mask`: for a chunk of actions, 1 for each that was taken and 0 for each that only fills the
+        chunk up: an array of shape `(horizon,)`. The mean is over the entries of the former. `None`
+        if all were taken.
     - `key`: a `jax.random.key`.
 
     **Returns:**
@@ -56,13 +66,22 @@ def flow_matching_loss(
     x0 = jr.normal(noise_key, action.shape, action.dtype)
     t = jr.uniform(time_key, (), action.dtype)
     x_t, target = policy.path.interpolate(t, x0, action)
-    return jnp.mean((policy.velocity(t, x_t, observation) - target) ** 2)
+    square = (policy.velocity(t, x_t, observation) - target) ** 2
+    if mask is None:
+        return jnp.mean(square)
+    weight = jnp.asarray(mask, square.dtype)
+    weight = weight.reshape(weight.shape + (1,) * (square.ndim - weight.ndim))
+    weight = jnp.broadcast_to(weight, square.shape)
+    total = jnp.sum(weight)
+    # Padding may be anything, so long as it is finite.
+    return jnp.sum(weight * square) / jnp.where(total > 0, total, 1)
 
 
 def fit_flow(
     policy: FlowPolicy,
     observations: PyTree[Float[Data, "batch ..."]],
     actions: Float[Data, "batch ..."],
+    action_masks: Any = None,
     *,
     num_updates: int = 20_000,
     batch_size: int = 256,
@@ -80,6 +99,9 @@ def fit_flow(
     - `observations`: the observations, any PyTree of arrays with a leading axis.
     - `actions`: the actions taken there, in the same order. For a policy with
         [`fisher_flow.TanhBounds`][] pass `bounds.unproject(actions)`.
+    - `action_masks`: for chunks of actions, 1 for each action that was taken and 0 for each that
+        only fills its chunk up, of shape `(batch, horizon)`, such as the `action_masks` of
+        [`fisher_flow.Transitions.chunks`][]. `None` if all were taken.
 
     **Other arguments:**
 
@@ -107,6 +129,14 @@ def fit_flow(
     learning_rate = jnp.asarray(learning_rate)
     observations, actions = jax.tree.map(jnp.asarray, (observations, actions))
     check_batch_of_actions(actions, policy.action_shape)
+    if action_masks is not None:
+        action_masks = jnp.asarray(action_masks)
+        if actions.shape[: action_masks.ndim] != action_masks.shape or action_masks.ndim < 2:
+            raise ValueError(
+                "`action_masks` must have one entry for each action of a chunk, of shape (batch, "
+                f"horizon), but got shape {action_masks.shape} for actions of shape "
+                f"{actions.shape}. Write `action_masks=transitions.action_masks`."
+            )
     finite = jnp.all(jnp.isfinite(actions))
     for leaf in jax.tree.leaves(observations):
         finite &= jnp.all(jnp.isfinite(leaf))
@@ -124,7 +154,7 @@ def fit_flow(
             "action_shape)`."
         )
     optimiser_state = decaying_adam(learning_rate, num_updates).init(parameters)
-    args = (observations, actions, batch_size, learning_rate, num_updates)
+    args = (observations, actions, action_masks, batch_size, learning_rate, num_updates)
     policy, _ = fit(
         _update,
         args,
@@ -139,11 +169,11 @@ def fit_flow(
 
 def _update(args, state, key, step):
     del step
-    observations, actions, batch_size, learning_rate, num_updates = args
+    observations, actions, action_masks, batch_size, learning_rate, num_updates = args
     policy, optimiser_state = state
     row_key, loss_key = jr.split(key)
     rows = jr.randint(row_key, (batch_size,), 0, actions.shape[0])
-    batch = jax.tree.map(lambda leaf: leaf[rows], (observations, actions))
+    batch = jax.tree.map(lambda leaf: leaf[rows], (observations, actions, action_masks))
 
     @eqx.filter_value_and_grad
     def loss_and_gradient(policy):

@@ -72,7 +72,7 @@ def check_inference(name: str, network: Any) -> None:
             if x.inference is False and not (isinstance(x, eqx.nn.Dropout) and x.p == 0):
                 training.append(x)
         elif nnx is not None and isinstance(x, nnx.Module):
-            for _, layer in nnx.iter_modules(x):
+            for _, layer in nnx.iter_graph(x):  # Flax 0.12.0 has no `iter_modules`
                 drops = isinstance(layer, nnx.Dropout) and layer.rate > 0
                 if (drops and not layer.deterministic) or (
                     isinstance(layer, nnx.BatchNorm) and not layer.use_running_average

@@ -219,6 +219,7 @@ class FlowPolicy(AbstractFlowPolicy):
     max_steps: int = eqx.field(static=True)
     bounds: tuple[Any, Any] | TanhBounds | None = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -233,6 +234,7 @@ class FlowPolicy(AbstractFlowPolicy):
         max_steps: int = 4096,
         bounds: Any = None,
         dtype: Any = None,
+        throw: bool = True,
     ):
         """**Arguments:**
 
@@ -257,6 +259,8 @@ class FlowPolicy(AbstractFlowPolicy):
             [`fisher_flow.TanhBounds`][]: the flow then makes unbounded variables.
         - `dtype`: the dtype of the actions. By default the dtype of the arrays in `velocity`, else
             of the observation, else the default of JAX.
+        - `throw`: whether an adaptive solve that does not finish raises an error at run time.
+            Otherwise its result is NaN.
 
         **Raises:**
 
@@ -292,6 +296,7 @@ class FlowPolicy(AbstractFlowPolicy):
         self.max_steps = max_steps
         self.bounds = checked_bounds(bounds, self.action_shape)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
+        self.throw = bool(throw)
 
     @property
     def flow_policy(self) -> "FlowPolicy":
@@ -322,9 +327,9 @@ class FlowPolicy(AbstractFlowPolicy):
 
         - `ValueError` if the velocity field returns anything but an array like `x`.
         """
-        return self._given(observation)(t, x)
+        return self.given(observation)(t, x)
 
-    def _given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
+    def given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
         """The velocity at one observation, which is encoded here and not at every call."""
         field = given(self.velocity_field, observation)
         return lambda t, x: self._checked(field(jnp.asarray(t, x.dtype), x), x)
@@ -359,11 +364,10 @@ class FlowPolicy(AbstractFlowPolicy):
 
         The point $x(1)$, not yet held to the bounds.
         """
-        velocity = self._given(observation)
-        return self._integrate(
+        velocity = self.given(observation)
+        return self.integrate(
             lambda t, x, args: velocity(t, x),
             noise,
-            noise.dtype,
             direction=1,
             solver=self.solver,
             stepsize_controller=self.stepsize_controller,
@@ -442,16 +446,15 @@ class FlowPolicy(AbstractFlowPolicy):
             tol = 1e-7 if action.dtype == jnp.float64 else 1e-5
             stepsize_controller = diffrax.PIDController(rtol=tol, atol=tol)
 
-        velocity = self._given(observation)
+        velocity = self.given(observation)
 
         def vector_field(t, state, args):
             x, _ = state
             return value_and_divergence(lambda y: velocity(t, y), x, probes)
 
-        x0, minus_integral = self._integrate(
+        x0, minus_integral = self.integrate(
             vector_field,
             (action, jnp.zeros((), action.dtype)),
-            action.dtype,
             direction=-1,
             solver=solver,
             stepsize_controller=stepsize_controller,
@@ -462,9 +465,20 @@ class FlowPolicy(AbstractFlowPolicy):
     def score(
         self, estimator: Callable[..., Action], observation: Observation, action: Action
     ) -> Action:
-        return estimator(self.path, self._given(observation), action)
+        return estimator(self.path, self.given(observation), action)
 
-    def _integrate(self, vector_field, y, dtype, *, direction, solver, stepsize_controller):
+    def integrate(
+        self,
+        vector_field: Callable[[Any, Any, Any], Any],
+        y: Any,
+        *,
+        direction: int,
+        solver: diffrax.AbstractSolver,
+        stepsize_controller: diffrax.AbstractStepSizeController,
+    ) -> Any:
+        """Integrates `vector_field(t, y, args)` from time 0 to 1, or back if `direction` is -1: for
+        quantities that evolve along with an action."""
+        dtype = jnp.result_type(*jax.tree.leaves(y))
         # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax
         # promotes a float32 state to float64.
         t0, t1 = (0, 1) if direction > 0 else (1, 0)
@@ -472,12 +486,14 @@ class FlowPolicy(AbstractFlowPolicy):
             # Rounded steps may leave a sliver at the end; stepping to given times cannot.
             ts = jnp.linspace(t0, t1, self.num_steps + 1, dtype=dtype)
             stepsize_controller, dt0 = EvenSteps(ts), None
+            steps_arrive = True
             max_steps = self.num_steps
             throw = isinstance(solver, diffrax.AbstractImplicitSolver)  # explicit steps arrive
         else:
             dt0 = jnp.asarray(direction / self.num_steps, dtype)
             max_steps = self.max_steps
-            throw = True
+            steps_arrive = False
+            throw = self.throw
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(vector_field),
             solver,
@@ -491,7 +507,11 @@ class FlowPolicy(AbstractFlowPolicy):
             throw=throw,
         )
         assert solution.ys is not None
-        return jax.tree.map(lambda leaf: leaf[0], solution.ys)
+        finished = solution.result == diffrax.RESULTS.successful
+        nan_unless = lambda leaf: (
+            leaf if throw or steps_arrive else jnp.where(finished, leaf, jnp.nan)
+        )
+        return jax.tree.map(lambda leaf: nan_unless(leaf[0]), solution.ys)
 
 
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:

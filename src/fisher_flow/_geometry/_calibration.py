@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
@@ -6,15 +7,23 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._checks import check_batch_of_actions, check_equal_lengths, check_positive_integer
 from .._custom_types import Action
 from .._flows import AbstractAffineGaussianPath, AbstractFlowPolicy, as_flow_policy, FlowPolicy
-from .._linalg import dense_limit, rademacher_probes, value_and_divergence
+from .._linalg import (
+    dense_limit,
+    rademacher_probes,
+    value_and_divergence,
+    whiten_samples,
+    Whitening,
+)
 from .._trees import as_inexact, constant, random_rows
-from ._score import AbstractScore, PerturbedScore
+from ._continuous_time import in_continuous_time, smallest_deviation
+from ._score import AbstractScore, grouped_score, PerturbedScore
 
 
 if TYPE_CHECKING:
@@ -26,22 +35,31 @@ class CalibratedScore(AbstractScore):
     [`fisher_flow.calibrate_score`][].
 
     It is used as any other score is. What led to the choice is kept with it.
+
+    The noise is measured by the actions themselves: it has the same share of their standard
+    deviation in every direction. So entries of other units, or directions in which the actions vary
+    little, are seen at other times: the score has one time for all directions whose deviations
+    are alike within a factor of three.
     """
 
     time: Scalar
-    """The time that was chosen."""
+    """The time that was chosen; the latest, if entries of other units have times of their own."""
 
     order: int | Int[Array, ""]
     """The order that was chosen, 1 or 2."""
 
     relative_error: Scalar
-    r"""The predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$ of the choice.
-    Expect it to be off by 0.05 or so, and low for errors that all times have in common. Below 0.1
-    it says no more than that the error is small: of 8192 actions, chance alone accounts for a
-    hundredth of the information. At 1 the score is no better than none at all."""
+    r"""The predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$ of the choice,
+    in coordinates in which the actions have covariance one. Expect it to be off by 0.05 or so, and
+    low for errors that all times have in common. Below 0.1 it says no more than that the error is
+    small: with 8192 actions, chance alone accounts for a hundredth of the information. At 1 the
+    score is no better than none at all."""
 
-    times: Float[Array, " times"]
-    """The times that were tried."""
+    ratio: Scalar
+    """The noise that was chosen, as a share of the standard deviation of the actions."""
+
+    ratios: Float[Array, " times"]
+    """The shares that were tried."""
 
     criterion: Float[Array, "2 times"]
     r"""The implicit score matching loss
@@ -50,6 +68,19 @@ class CalibratedScore(AbstractScore):
     relative_errors: Float[Array, "2 times"]
     """The predicted errors of both orders at each of them."""
 
+    settled: Bool[Array, ""]
+    """Whether the best share lies inside of those that were tried. If it is the smallest or the
+    largest of them, a better one may lie beyond, and nothing is known about the error."""
+
+    whitening: Whitening
+    """The coordinates in which the actions have covariance one."""
+
+    groups: Float[Array, "groups size"]
+    """Which directions share a time: 1 for those that belong to a group."""
+
+    times: Float[Array, " groups"]
+    """The time of each group."""
+
     def from_velocity(
         self,
         path: AbstractAffineGaussianPath,
@@ -57,7 +88,8 @@ class CalibratedScore(AbstractScore):
         action: Action,
     ) -> Action:
         def score_of_order(order):
-            return PerturbedScore(self.time, order).from_velocity(path, velocity, action)
+            times = self.times.astype(action.dtype)
+            return grouped_score(path, velocity, action, times, order, self.groups, self.whitening)
 
         if isinstance(self.order, int):
             return score_of_order(self.order)
@@ -75,11 +107,12 @@ class CalibratedScore(AbstractScore):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         axes = figure.subplots()
         for order, errors in zip((1, 2), self.relative_errors, strict=True):
-            axes.plot(self.times, errors, "o-", markersize=4, label=f"order {order}")
-        label = f"chosen: {float(self.time):.3f}, order {int(self.order)}"
-        axes.plot(self.time, self.relative_error, "k*", markersize=13, label=label)
+            axes.plot(self.ratios, errors, "o-", markersize=4, label=f"order {order}")
+        label = f"chosen: {float(self.ratio):.3f}, order {int(self.order)}"
+        axes.plot(self.ratio, self.relative_error, "k*", markersize=13, label=label)
         axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
-        axes.set(ylim=(0, 1.5), xlabel="time", ylabel="predicted relative error of the score")
+        axes.set(xscale="log", xlabel="noise, as a share of the deviation of the actions")
+        axes.set(ylim=(0, 1.5), ylabel="predicted relative error of the score")
         axes.legend(frameon=False)
         return figure
 
@@ -102,7 +135,10 @@ def calibrate_score(
     $$J(\hat s) = \mathbb E\bigl[\tfrac12\|\hat s\|^2 + \nabla \cdot \hat s\bigr]
         = \tfrac12 \mathbb E\|\hat s - s\|^2 - \tfrac12 \mathbb E\|s\|^2$$
 
-    needs no true score, and is least where the error is.
+    needs no true score, and is least where the error is. The norm is that of the coordinates in
+    which the actions have covariance one, so that no unit of an entry matters. Among the shares of
+    noise that are as good as the best but for chance, one with little bias is taken. If it lies at
+    the edge of those that were tried, others beyond it are tried.
 
     The predicted errors need $\mathbb E\|s\|^2$ besides, the Fisher information of the actions. In
     its place stands the part of it that a regression on all the estimates accounts for: on each by
@@ -158,24 +194,86 @@ def calibrate_score(
         check_positive_integer("num_probes", num_probes, 4)
     elif size > dense_limit:
         num_probes = 4
-    row_key, key = jr.split(key)
+    row_key, whitening_key, key = jr.split(key, 3)
     rows = jr.permutation(row_key, length)[:num_actions]
     observations, actions = jax.tree.map(
         lambda leaf: jnp.asarray(leaf)[rows], (observations, actions)
     )
-    score = _calibrate(flow, observations, actions, num_probes, key)
-    if not isinstance(score.order, jax.core.Tracer):
-        if not jnp.isfinite(score.relative_error):
-            raise ValueError(
-                "`actions` must be finite, and the velocity of the policy too, but no estimate of "
-                "the score is finite at all of them. Drop the rows that are not: "
-                "`actions=actions[jnp.isfinite(actions).all(-1)]`."
-            )
-        score = eqx.tree_at(lambda score: score.order, score, int(score.order))
-    return score
+    whitening = measure_whitening(flow, observations, key=whitening_key)
+    groups = _groups(whitening)
+    args = flow, observations, actions, whitening, groups, num_probes
+    score = _calibrate(*args, jnp.asarray(_LARGEST_RATIO, actions.dtype), key)
+    if isinstance(score.order, jax.core.Tracer):
+        return score
+    # A best share at the edge of those that were tried is followed.
+    for _ in range(_MOST_MOVES):
+        if score.settled or not jnp.isfinite(score.relative_error):
+            break
+        outward = score.ratio == score.ratios[0]
+        start = score.ratios[0] * 2.0 ** (3 if outward else -4)
+        score = _calibrate(*args, start.astype(actions.dtype), key)
+    if not jnp.isfinite(score.relative_error):
+        raise ValueError(
+            "`actions` must be finite, and the velocity of the policy too, but no estimate of the "
+            "score is finite at all of them. Drop the rows that are not: "
+            "`actions=actions[jnp.isfinite(actions).all(-1)]`."
+        )
+    return eqx.tree_at(lambda score: score.order, score, int(score.order))
 
 
-_NUM_TIMES = 12
+_NUM_RATIOS = 12
+_LARGEST_RATIO = 0.8
+_MOST_MOVES = 4
+# By the order: with these shares of noise the bias for a Gaussian is below a third of a per cent.
+_PREFERRED_RATIOS = (0.05, 0.2)
+
+
+@eqx.filter_jit
+def measure_whitening(
+    flow: FlowPolicy, observations: PyTree[Any], *, key: PRNGKeyArray
+) -> Whitening:
+    """The coordinates in which the actions of a policy have covariance one, at one observation.
+
+    From two actions at each of some 2048 observations: their difference knows nothing of how the
+    mean action changes from one observation to another.
+    """
+    length = jnp.shape(jax.tree.leaves(observations)[0])[0]
+    num = 2048
+    rows = jnp.arange(num) % length
+    observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+
+    def pair(row):
+        o, key = row
+        one, other = jax.vmap(lambda key: flow.draw(o, key=key))(jr.split(key))
+        return one.reshape(-1), other.reshape(-1)
+
+    one, other = lax.map(pair, (constant(observations), jr.split(key, num)), batch_size=256)
+    magnitude = jnp.max(jnp.abs(one), axis=0)
+    smallest = smallest_deviation(one.dtype)
+    return whiten_samples((one - other) / 2**0.5, magnitude, smallest)
+
+
+def _groups(whitening: Whitening) -> Float[Array, "groups size"]:
+    """Directions whose deviations are alike within a factor of three; all of them in one group
+    inside `jax.jit`, where the number of groups cannot depend on the deviations."""
+    deviations = whitening.deviations
+    if isinstance(deviations, jax.core.Tracer):
+        return whitening.varies.astype(deviations.dtype)[None]
+    octaves = np.log2(np.maximum(np.asarray(deviations, float), 1e-300))
+    varies = np.asarray(whitening.varies)
+    if not varies.any():
+        return jnp.zeros((1, deviations.size), deviations.dtype)
+    bins = np.where(varies, np.floor((octaves[varies].max() - octaves) / 1.5), -1)
+    groups = [bins == bin for bin in np.unique(bins[varies])]
+    return jnp.asarray(np.stack(groups), deviations.dtype)
+
+
+def _times(path: AbstractAffineGaussianPath, whitening, groups, ratio: Scalar) -> Array:
+    """The time of each group at which the noise has a given share of its deviation."""
+    log_deviation = jnp.log(jnp.where(whitening.varies, whitening.deviations, 1))
+    count = jnp.maximum(jnp.sum(groups, axis=1), 1)
+    deviations = jnp.exp(groups @ log_deviation / count)
+    return jax.vmap(path.time_at_noise_ratio)(ratio * deviations)
 
 
 @eqx.filter_jit
@@ -183,7 +281,10 @@ def _calibrate(
     flow: FlowPolicy,
     observations: PyTree[Any],
     actions: Float[Array, "batch ..."],
+    whitening: Whitening,
+    groups: Float[Array, "groups size"],
     num_probes: int | None,
+    largest_ratio: Scalar,
     key: PRNGKeyArray,
 ) -> CalibratedScore:
     flow, observations, actions = constant((flow, observations, actions))
@@ -193,48 +294,105 @@ def _calibrate(
         rows = (observations, actions, *columns)
         return lax.map(lambda row: function(*row), rows, batch_size=256)
 
-    def score_and_divergence(time):
-        score = PerturbedScore(time, order=1)
+    def whitened_score(ratio, o, a):
+        """The score in the coordinates of the whitening, as a function of a displacement."""
+        times = _times(flow.path, whitening, groups, ratio)
 
+        def score(z):
+            moved = a + whitening.colour(z).reshape(a.shape)
+            estimator = lambda path, velocity, action: grouped_score(
+                path, velocity, action, times, 1, groups, whitening
+            )
+            return whitening.whiten_gradient(flow.score(estimator, o, moved).reshape(-1))
+
+        return score, jnp.zeros(a.size, a.dtype)
+
+    def score_and_divergence(ratio):
         def of_one(o, a, key):
-            probes = None if num_probes is None else rademacher_probes(num_probes, a, key)
-            return value_and_divergence(lambda a: score(flow, o, a), a, probes)
+            score, zero = whitened_score(ratio, o, a)
+            probes = None if num_probes is None else rademacher_probes(num_probes, zero, key)
+            return value_and_divergence(score, zero, probes)
 
         return over_rows(of_one, keys)
 
-    def energy_and_slopes(time, scores):
+    def energy_and_slopes(ratio, scores):
         """½|ŝ|², and its derivatives along all the scores."""
-        score = PerturbedScore(time, order=1)
 
         def of_one(o, a, directions):
-            s, push = jax.linearize(lambda a: score(flow, o, a), a)
+            s, push = jax.linearize(*whitened_score(ratio, o, a))
             return 0.5 * jnp.sum(s**2), jax.vmap(lambda v: jnp.vdot(s, push(v)))(directions)
 
         return over_rows(of_one, jnp.moveaxis(scores, 0, 1))
 
     # Noise that halves in variance, so that the second order takes two neighbours.
-    deviation = jnp.mean(jnp.std(actions, axis=0))
-    deviation = jnp.where(deviation > 0, deviation, 1)
-    ratios = deviation * 0.8 * 2.0 ** (-0.5 * jnp.arange(_NUM_TIMES + 1, dtype=actions.dtype))
-    times = jax.vmap(flow.path.time_at_noise_ratio)(ratios)
-    s, divergence = lax.map(score_and_divergence, times)
+    ratios = largest_ratio * 2.0 ** (-0.5 * jnp.arange(_NUM_RATIOS + 1, dtype=actions.dtype))
+    s, divergence = lax.map(score_and_divergence, ratios)
     scores = jnp.stack([s[:-1], 2 * s[1:] - s[:-1]])
     divergences = jnp.stack([divergence[:-1], 2 * divergence[1:] - divergence[:-1]])
-    squared_norms = jnp.sum(scores**2, axis=tuple(range(3, scores.ndim)))
-    criterion = jnp.mean(0.5 * squared_norms + divergences, axis=2)
-    best = jnp.argmin(jnp.where(jnp.isfinite(criterion), criterion, jnp.inf))
-    order, index = jnp.unravel_index(best, criterion.shape)
-
-    energies, slopes = energy_and_slopes(times[index], s)
+    losses = 0.5 * jnp.sum(scores**2, axis=3) + divergences
+    criterion = jnp.mean(losses, axis=2)
+    order, index = _choice(losses, criterion, ratios[:-1])
+    energies, slopes = energy_and_slopes(ratios[index], s)
     information = _explained_information(s, divergence, energies, slopes)
     relative_errors = jnp.sqrt(jnp.maximum(1 + 2 * criterion / information, 0))
+    times = _times(flow.path, whitening, groups, ratios[index])
     return CalibratedScore(
-        time=times[index],
+        time=jnp.max(times),
         order=order + 1,
         relative_error=relative_errors[order, index],
-        times=times[:-1],
+        ratio=ratios[index],
+        ratios=ratios[:-1],
         criterion=criterion,
         relative_errors=relative_errors,
+        settled=(index > 0) & (index < _NUM_RATIOS - 1),
+        whitening=whitening,
+        groups=groups,
+        times=times,
+    )
+
+
+def _choice(
+    losses: Float[Array, "2 times batch"],
+    criterion: Float[Array, "2 times"],
+    ratios: Float[Array, " times"],
+) -> tuple[Array, Array]:
+    """The order, less one, and the number of the share of noise to use.
+
+    Chance decides which of several nearly equal criteria is the least, and a chance that favours
+    more noise shrinks the score. So the choice is among those that are worse by at most two
+    standard errors of the paired difference: the second order if it is there, and the share that is
+    nearest to one at which the bias is small.
+    """
+    known = jnp.where(jnp.isfinite(criterion), criterion, jnp.inf)
+    best = jnp.unravel_index(jnp.argmin(known), known.shape)
+    excess = losses - losses[best]
+    stderr = jnp.std(excess, axis=2) / losses.shape[2] ** 0.5
+    good = jnp.isfinite(known) & (jnp.mean(excess, axis=2) <= 2 * stderr)
+    order = jnp.where(jnp.any(good[1]), 1, 0)
+    preferred = jnp.asarray(_PREFERRED_RATIOS, ratios.dtype)[order]
+    distance = jnp.abs(jnp.log(ratios / preferred))
+    return order, jnp.argmin(jnp.where(good[order], distance, jnp.inf))
+
+
+def unsettled_score(action: Action, dtype: Any) -> CalibratedScore:
+    """A calibrated score before it is calibrated, in the shape that it has afterwards."""
+    size, kind = math.prod(action.shape), jnp.dtype(dtype)
+    one = jnp.ones(size, kind)
+    dense = 1 < size <= dense_limit
+    factor = jnp.eye(size, dtype=kind) if dense else one
+    nan = jnp.asarray(jnp.nan, kind)
+    return CalibratedScore(
+        time=jnp.asarray(0.9, kind),
+        order=jnp.asarray(2),
+        relative_error=nan,
+        ratio=nan,
+        ratios=jnp.zeros(_NUM_RATIOS, kind),
+        criterion=jnp.zeros((2, _NUM_RATIOS), kind),
+        relative_errors=jnp.zeros((2, _NUM_RATIOS), kind),
+        settled=jnp.asarray(False),
+        whitening=Whitening(factor, factor, one),
+        groups=one[None],
+        times=jnp.full(1, 0.9, kind),
     )
 
 
@@ -296,6 +454,7 @@ def calibrate(
     if not has_open_score(method):
         return method
     draw_key, key = jr.split(key)
+    policy = in_continuous_time(policy, observations, key=draw_key)
     if actions is None:
         observations, actions = _draw(policy.flow_policy, observations, draw_key)
     score = calibrate_score(policy, observations, actions, key=key)

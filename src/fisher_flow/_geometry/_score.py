@@ -8,10 +8,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from equinox import AbstractVar
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .._custom_types import Action, Observation
 from .._flows import AbstractAffineGaussianPath, as_flow_policy
+from .._linalg import Whitening
 from .._trees import as_inexact
 
 
@@ -23,6 +25,8 @@ class AbstractScore(eqx.Module):
     make: with more noise the score is that of a blurred density, with less it amplifies the
     errors of the velocity.
     """
+
+    whitening: AbstractVar[Whitening | None]
 
     @abc.abstractmethod
     def from_velocity(
@@ -87,6 +91,7 @@ class PaperScore(AbstractScore):
     """
 
     time: ScalarLike
+    whitening: None = eqx.field(default=None, init=False)  # all directions are alike
 
     def __init__(self, time: ScalarLike = 0.8):
         """**Arguments:**
@@ -131,6 +136,7 @@ class PerturbedScore(AbstractScore):
 
     time: ScalarLike | None
     order: int = eqx.field(static=True)
+    whitening: None = eqx.field(default=None, init=False)  # all directions are alike
 
     def __init__(self, time: ScalarLike | None = None, order: int = 2):
         """**Arguments:**
@@ -169,6 +175,28 @@ class PerturbedScore(AbstractScore):
             jnp.stack([t, later])
         )
         return 2 * fine - coarse
+
+
+def grouped_score(
+    path: AbstractAffineGaussianPath,
+    velocity: Callable[[Scalar, Action], Action],
+    action: Action,
+    times: Float[Array, " groups"],
+    order: int,
+    groups: Float[Array, "groups size"],
+    whitening: Whitening,
+) -> Action:
+    """The smoothed score, with a time of its own for every group of directions of a whitening.
+
+    It is zero in directions in which the actions do not vary.
+    """
+    later = jax.vmap(lambda t: path.time_at_noise_ratio(path.noise_ratio(t) / math.sqrt(2)))(times)
+    every = times if order == 1 else jnp.concatenate([times, later])
+    # One call of the network on all times.
+    s = jax.vmap(lambda t: _smoothed_score(path, velocity, t, action))(every)
+    s = s if order == 1 else 2 * s[len(times) :] - s[: len(times)]
+    whitened = jax.vmap(whitening.whiten_gradient)(s.reshape(len(times), -1))
+    return whitening.colour_gradient(jnp.sum(groups * whitened, axis=0)).reshape(action.shape)
 
 
 def _smoothed_score(path, velocity, t, action) -> Float[Array, "..."]:

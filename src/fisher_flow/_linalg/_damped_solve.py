@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Scalar
 
-from ._krylov import KrylovPositivePart
+from ._krylov import KrylovPositivePart, masked_trace
+from ._whitening import WhitenedOperator
 
 
 def damped_solve(
@@ -20,7 +21,14 @@ def damped_solve(
     damping: Scalar,
     solver: lx.AbstractLinearSolver,
 ) -> Float[Array, " size"]:
-    """Solves `(operator + damping I) x = vector`; NaN where the operator is not finite."""
+    """Solves `(operator + damping I) x = vector`; NaN where the operator is not finite.
+
+    The identity of a whitened operator is that of its own coordinates.
+    """
+    if isinstance(operator, WhitenedOperator):
+        whitened = operator.whitening.whiten_gradient(vector)
+        solution = damped_solve(operator.operator, whitened, damping, solver)
+        return operator.whitening.colour(solution)
     if isinstance(operator, KrylovPositivePart):
         return operator.damped_solve(vector, damping)
     # A factorisation of what is not finite may not end well.
@@ -39,6 +47,15 @@ def damped_solve(
         damped = lx.TaggedLinearOperator(operator + ridge, lx.positive_semidefinite_tag)
     solution: Array = _linear_solve(damped, vector, solver)
     return jnp.where(finite, solution, jnp.nan)
+
+
+def mean_eigenvalue(operator: lx.AbstractLinearOperator, action: Array) -> Scalar:
+    """The mean eigenvalue of a metric at an action: exact, or an estimate from one random probe,
+    to be averaged over actions. That of a whitened operator is in its own coordinates."""
+    if isinstance(operator, WhitenedOperator):
+        varies = operator.whitening.varies.astype(action.dtype)
+        return masked_trace(operator.operator, action, varies) / operator.whitening.rank
+    return masked_trace(operator, action, jnp.ones(action.size, action.dtype)) / action.size
 
 
 @eqx.filter_custom_jvp

@@ -142,13 +142,15 @@ lx.materialise.register(KrylovPositivePart)(
 )
 
 
-def mean_eigenvalue(operator: lx.AbstractLinearOperator, action: Array) -> Scalar:
-    """The mean eigenvalue of a metric at an action: exact, or an estimate from one random probe, of
-    which only the mean over actions is accurate."""
+def masked_trace(
+    operator: lx.AbstractLinearOperator, action: Array, mask: Float[Array, " size"]
+) -> Scalar:
+    """The sum of the diagonal where `mask` is 1: exact, or an estimate from one random probe that
+    is a function of the action."""
     if not isinstance(operator, KrylovPositivePart):
-        return jnp.mean(lx.diagonal(operator))
-    (z,) = _probes(1, action)
-    return jnp.dot(z, operator.mv(z)) / z.size
+        return jnp.sum(mask * lx.diagonal(operator))
+    z = mask * _probes(1, action)[0]
+    return jnp.dot(z, operator.mv(z))
 
 
 def _probes(num_probes: int, action: Array) -> Float[Array, "probes size"]:

@@ -51,7 +51,7 @@ def zero_network(
     example: str,
     key: PRNGKeyArray,
 ) -> ActionMLP:
-    """A network for displacements that starts from zero."""
+    """A network for displacements, which are zero at the start."""
     encode, _, key = make_encoder(encoder, observation, action.dtype, key, example)
     network = ActionMLP(observation, action, width_size, depth, encoder=encode, key=key)
     last = lambda network: (network.mlp.layers[-1].weight, network.mlp.layers[-1].bias)

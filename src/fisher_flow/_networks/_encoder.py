@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._checks import check_instance
 from .._custom_types import Observation
 from .._images import refuse_images
-from .._trees import ravel_inputs
+from .._trees import plain, ravel_inputs
 
 
 # `network(observation) -> vector`
@@ -19,9 +19,9 @@ EncoderNetwork: TypeAlias = Callable[[Any], Float[Array, " features"]]
 class AbstractEncoder(eqx.Module):
     """Abstract base class for how observations become the vectors that networks take.
 
-    It holds settings only; what it makes is a network that is trained by the loss of whatever it
-    is a part of. A flow, a critic, a value, a residual and a one-step policy each make one of their
-    own.
+    It holds settings only. It makes a network, which becomes a part of another network and is
+    trained by the loss of that. A flow, a critic, a value, a residual and a one-step policy each
+    make one of their own.
     """
 
     @abc.abstractmethod
@@ -44,17 +44,17 @@ def make_encoder(
     key: PRNGKeyArray,
     example: str,
 ) -> tuple[EncoderNetwork | None, int, PRNGKeyArray]:
-    """The network of an encoder, if there is one; the size of what comes out of it, else of the
-    observation; and a key for what is put on top, which without an encoder is `key` itself."""
+    """The network of an encoder, the number of its features, and a key for the network on top.
+    Without an encoder: `None`, the number of entries of the observation, and `key` itself."""
     if encoder is None:
         refuse_images(observation, example)
         return None, ravel_inputs(observation).size, key
     check_instance("encoder", encoder, AbstractEncoder, "fisher_flow.ImpalaEncoder()")
     encoder_key, key = jr.split(key)
-    network = encoder.init(observation, dtype=dtype, key=encoder_key)
-    return network, eqx.filter_eval_shape(network, observation).size, key
+    network = encoder.init(plain(observation), dtype=dtype, key=encoder_key)
+    return network, eqx.filter_eval_shape(network, plain(observation)).size, key
 
 
 def encode(encoder: Any, observation: PyTree[Any]) -> PyTree[Any]:
     """What a network sees of an observation: all of it, unless it has an encoder."""
-    return observation if encoder is None else encoder(observation)
+    return observation if encoder is None else encoder(plain(observation))

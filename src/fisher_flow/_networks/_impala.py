@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,10 @@ from .._checks import check_positive_integer
 from .._custom_types import Observation
 from .._images import is_image
 from ._encoder import AbstractEncoder
+
+
+def _as_tuple(widths: Sequence[int]) -> tuple[int, ...]:
+    return tuple(widths)
 
 
 class ImpalaEncoder(AbstractEncoder):
@@ -65,40 +70,22 @@ class ImpalaEncoder(AbstractEncoder):
         ```
     """
 
-    widths: tuple[int, ...] = eqx.field(static=True)
-    num_blocks: int = eqx.field(static=True)
-    output_size: int = eqx.field(static=True)
-    layer_norm: bool = eqx.field(static=True)
+    _: dataclasses.KW_ONLY
+    widths: tuple[int, ...] = eqx.field(converter=_as_tuple, default=(16, 32, 32), static=True)
+    num_blocks: int = eqx.field(default=1, static=True)
+    output_size: int = eqx.field(default=512, static=True)
+    layer_norm: bool = eqx.field(default=False, static=True)
 
-    def __init__(
-        self,
-        *,
-        widths: Sequence[int] = (16, 32, 32),
-        num_blocks: int = 1,
-        output_size: int = 512,
-        layer_norm: bool = False,
-    ):
-        """**Arguments:**
-
-        - `widths`: the number of channels of each stack of layers.
-        - `num_blocks`: the number of residual blocks of each.
-        - `output_size`: the number of features of an image.
-        - `layer_norm`: whether to normalise the channels of every pixel after the last stack, and
-            the features.
-        """
-        self.widths = tuple(widths)
+    def __check_init__(self):
         if len(self.widths) == 0:
             raise ValueError(
-                f"`widths` must have one entry a stack of layers, but got `{widths!r}`. Write "
+                f"`widths` must have one entry a stack of layers, but got `{self.widths!r}`. Write "
                 "`widths=(16, 32, 32)`."
             )
         for width in self.widths:
             check_positive_integer("widths", width, 16)
-        check_positive_integer("num_blocks", num_blocks, 1)
-        check_positive_integer("output_size", output_size, 512)
-        self.num_blocks = num_blocks
-        self.output_size = output_size
-        self.layer_norm = layer_norm
+        check_positive_integer("num_blocks", self.num_blocks, 1)
+        check_positive_integer("output_size", self.output_size, 512)
 
     def init(
         self, observation: Observation, *, dtype: Any = None, key: PRNGKeyArray
@@ -113,8 +100,8 @@ class ImpalaEncoder(AbstractEncoder):
 
         **Raises:**
 
-        - `ValueError` if it holds no image, or one whose channels are not last. The network raises
-            it for images of other shapes.
+        - `ValueError` if the observation holds no image, or one whose channels are not last. The
+            network raises it too, for images of other shapes.
         """
         shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(observation) if is_image(x))
         if len(shapes) == 0:
@@ -129,6 +116,16 @@ class ImpalaEncoder(AbstractEncoder):
             [ImageNetwork(self, shape, dtype, k) for shape, k in zip(shapes, keys, strict=True)],
             shapes,
         )
+
+
+ImpalaEncoder.__init__.__doc__ = """**Arguments:**
+
+- `widths`: the number of channels of each stack of layers.
+- `num_blocks`: the number of residual blocks of each.
+- `output_size`: the number of features of an image.
+- `layer_norm`: whether to normalise the channels of every pixel after the last stack, and
+    the features.
+"""
 
 
 class ImpalaNetwork(eqx.Module):
@@ -192,6 +189,8 @@ class ImageNetwork(eqx.Module):
 
 
 class Stack(eqx.Module):
+    """A convolution, a pooling that halves the image, and residual blocks."""
+
     first: "Convolution"
     blocks: list[tuple["Convolution", "Convolution"]]
 
@@ -210,7 +209,7 @@ class Stack(eqx.Module):
 
 
 class Convolution(eqx.Module):
-    """By a kernel of 3 x 3, of an image whose channels come last."""
+    """A convolution by a kernel of 3 x 3, for images whose channels come last."""
 
     weight: Float[Array, "3 3 channels_in channels_out"]
     bias: Float[Array, " channels_out"]

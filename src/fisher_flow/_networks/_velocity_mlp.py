@@ -37,7 +37,7 @@ class VelocityMLP(eqx.Module):
         """**Arguments:**
 
         - `observation_size`: the number of entries of one observation, all its leaves together; 0
-            for none. With an `encoder`, that of its features.
+            for none. With an `encoder`, the number of its features.
         - `action_shape`: the shape of one action.
         - `width_size`, `depth`, `activation`: the hidden layers.
         - `encoder`: called as `encoder(observation)`; returns a vector. It is trained with the

@@ -1,191 +1,62 @@
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
-from .._checks import batch_length, check_instance, check_positive_integer
+from .._checks import batch_length, check_at_least, check_instance, check_positive_integer
 from .._custom_types import Critic
 from .._flows import FlowPolicy
-from .._geometry import AbstractScore, CalibratedScore, PerturbedScore
+from .._geometry import CalibratedScore, in_continuous_time
+from ._certificate import Certificate, Verdict
+from ._certify_pair import certify_pair
 from ._executed_critic import check_critic, critic_value
+from ._limits import binomial_limit, normal_quantile
 from ._method import draw_from_flow
 from ._refined_policy import RefinedPolicy
 from ._selections import AbstractSelection
-
-
-if TYPE_CHECKING:
-    import matplotlib.figure
-
-
-class Certificate(eqx.Module):
-    """What a refinement costs and gains, measured; made by [`fisher_flow.certify`][].
-
-    Standard errors are over observations (over actions if there is one observation only).
-    """
-
-    kl: Scalar
-    """The measured KL from the unrefined policy, in nats, averaged over observations. In a chain,
-    where the measure of the method is of the whole chain, that from the flow underneath."""
-
-    kl_stderr: Scalar
-    """Its standard error."""
-
-    kl_predicted: Scalar
-    """The mean cost by the metric of the flow; near `kl` for metrics that predict a KL."""
-
-    radius: Scalar
-    """The KL that was asked for."""
-
-    folded: Scalar
-    """The share of actions at which the map is not one-to-one. There `kl` does not hold; more than
-    a few per cent make it unreliable. Raise the damping or lower the radius."""
-
-    improvement: Scalar
-    """The mean gain in the critic's value, in its own units."""
-
-    improvement_stderr: Scalar
-    """Its standard error."""
-
-    total_kl: Scalar
-    """The KL from the flow underneath, in nats, through all the transport maps of a chain and the
-    choice of a [`fisher_flow.BestOf`][] or [`fisher_flow.Resample`][], of which it is an upper
-    bound."""
-
-    total_kl_stderr: Scalar
-    """Its standard error."""
-
-    total_improvement: Scalar
-    """The mean gain in the critic's value over that flow."""
-
-    total_improvement_stderr: Scalar
-    """Its standard error."""
-
-    stein: Scalar
-    """The mean Stein residual. It should be zero within a few standard errors; if it is not, the
-    score is not that of the actions and `kl` is off: try another `time` of the score."""
-
-    stein_stderr: Scalar
-    """Its standard error."""
-
-    non_finite: Scalar
-    """The share of actions that were left in place because the gradient of the critic, or the
-    displacement, was not finite there. It should be zero; if it is not, the critic is broken."""
-
-    score: AbstractScore
-    """The estimate of the score by which the KL was measured."""
-
-    num_actions: int = eqx.field(static=True)
-    """The number of actions measured."""
-
-    num_observations: int = eqx.field(static=True)
-    """The number of observations they were drawn at."""
-
-    fractions: Float[Array, " fractions"]
-    """Fractions of the displacement, from 0 to 1.5, for the curves of `plot`."""
-
-    kl_by_fraction: Float[Array, " fractions"]
-    """The KL measured at each fraction."""
-
-    kl_stderr_by_fraction: Float[Array, " fractions"]
-    """Its standard error."""
-
-    gains: Float[Array, " actions"]
-    """The gain in the critic's value at each action."""
-
-    def __str__(self) -> str:
-        total_gain = f"{self.total_improvement:.4g} ± {self.total_improvement_stderr:.2g}"
-        rows = [
-            ("measured KL (nats)", f"{self.kl:.4g} ± {self.kl_stderr:.2g}"),
-            ("  asked for", f"{self.radius:.4g}"),
-            ("  predicted by the metric", f"{self.kl_predicted:.4g}"),
-            ("  of that asked for", _ratio(self.kl, self.kl_stderr, self.radius)),
-            ("gain in Q", f"{self.improvement:.4g} ± {self.improvement_stderr:.2g}"),
-            ("KL from the flow, in all", f"{self.total_kl:.4g} ± {self.total_kl_stderr:.2g}"),
-            ("gain over the flow, in all", total_gain),
-            ("folded", f"{100 * self.folded:.2f} %"),
-            ("score", _describe(self.score)),
-            ("Stein residual", f"{self.stein:.2g} ± {self.stein_stderr:.2g}"),
-            ("not finite, left in place", f"{100 * self.non_finite:.2f} %"),
-            ("actions, observations", f"{self.num_actions}, {self.num_observations}"),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-    def plot(self) -> "matplotlib.figure.Figure":
-        """Draws the measured and the predicted KL along the displacement, and the gains.
-
-        **Returns:**
-
-        A Matplotlib figure. Needs Matplotlib: `pip install matplotlib`.
-        """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        left.plot(self.fractions, self.kl_by_fraction, color="C0", label="measured (95% interval)")
-        left.fill_between(
-            self.fractions,
-            self.kl_by_fraction - 1.96 * self.kl_stderr_by_fraction,
-            self.kl_by_fraction + 1.96 * self.kl_stderr_by_fraction,
-            color="C0",
-            alpha=0.25,
-            linewidth=0,
-        )
-        if self.kl_by_fraction[0] == 0:
-            predicted = self.kl_predicted * self.fractions**2
-            left.plot(self.fractions, predicted, "--", color="C1", label="predicted by the metric")
-        else:  # in a chain, what came before has a part in it
-            left.plot(1, self.kl_predicted, "D", color="C1", label="predicted by the metric")
-        left.axhline(float(self.radius), color="0.5", linewidth=1, label="radius")
-        left.axvline(1.0, color="0.5", linewidth=1, linestyle=":")
-        top = max(float(jnp.nanmax(self.kl_by_fraction)), float(self.radius))
-        left.set(ylim=(0, 1.2 * top if top > 0 else 1))
-        left.set(xlabel="fraction of the displacement", ylabel="KL (nats)")
-        left.legend(frameon=False)
-        # Gains that are all alike but for rounding leave no room for bins of their own.
-        low, high = float(jnp.min(self.gains)), float(jnp.max(self.gains))
-        margin = 1e-3 * max(abs(low), abs(high), 1e-3)
-        right.hist(self.gains, bins=60, range=(low - margin, high + margin), color="C2")
-        right.axvline(0.0, color="0.5", linewidth=1)
-        right.axvline(float(self.improvement), color="k", linewidth=1, label="mean")
-        right.set(xlabel="gain in Q of one action", ylabel="actions")
-        right.legend(frameon=False)
-        return figure
-
-
-def _ratio(kl, stderr, radius) -> str:
-    return f"{kl / radius:.3f} ± {stderr / radius:.2g}" if radius > 0 else "-"
-
-
-def _describe(score: AbstractScore) -> str:
-    if isinstance(score, CalibratedScore):
-        error = f"predicted error {score.relative_error:.2f}"
-        return f"calibrated: time {score.time:.3f}, order {score.order}, {error}"
-    if isinstance(score, PerturbedScore):
-        time = jnp.asarray(0.95 if score.time is None else score.time)
-        return f"time {time:.3g}, order {score.order}"
-    return type(score).__name__
+from ._steering import SteeredPolicy
+from ._witness import (
+    are_apart,
+    differs,
+    is_normalised,
+    is_vague,
+    LARGEST_DIFFERENCE,
+    MOST_CORRECTED,
+    MOST_UNKNOWN,
+    witnesses,
+)
 
 
 def certify(
-    policy: RefinedPolicy | AbstractSelection,
+    policy: Any,
     critic: Critic,
     observations: PyTree[Any],
     *,
+    base: Any = None,
     num_actions: int = 4096,
+    num_witnesses: int = 512,
+    level: float = 0.95,
+    throw: bool = False,
     key: PRNGKeyArray,
 ) -> Certificate:
-    r"""Measures what a refined policy costs and gains, on actions drawn afresh.
+    r"""Measures what a policy costs and gains, on actions drawn afresh.
+
+    The KL is measured more than once: by the score of the flow, by the densities of the flow in
+    continuous time, and by the density of what the steps of the sampler make, which is the one that
+    acts. The certificate ends with a verdict, [`fisher_flow.Verdict`][]: the promise holds if all
+    of them agree and stay within the radius.
 
     **Arguments:**
 
     - `policy`: the policy that `refine` returned, or a [`fisher_flow.BestOf`][] or
         [`fisher_flow.Resample`][] of it. The certificate is of the last refinement, from the policy
-        that it refined; its `total_...` entries are of all that happened since the flow.
+        that it refined; its `total_...` entries are of all that happened since the flow. With a
+        `base`, any policy.
     - `critic`: called as `critic(observation, action)`; the judge of the gain, which may be another
         than the one that refined.
     - `observations`: the observations to measure at, any PyTree of arrays with a leading axis. Take
@@ -193,8 +64,18 @@ def certify(
 
     **Other arguments:**
 
+    - `base`: the policy to compare with, by default the one that was refined. Any pair will do: a
+        flow that was fine-tuned and the flow before it, a guided flow, two checkpoints of one
+        training. Where one of the two has no density, as a one-step policy has none, the KL is
+        estimated from the distances of their actions to their nearest neighbours, and the verdict
+        says that it is an estimate.
     - `num_actions`: about how many actions to draw, spread evenly over the observations; of more
         observations than that, as many are chosen at random.
+    - `num_witnesses`: the number of actions to begin with for the estimates by densities; up to
+        eight times as many are used, until their error is small. 0 for none. They cost two solves
+        of the flow with a Jacobian each, and are made for actions of up to 64 entries.
+    - `level`: the level of the upper confidence limits.
+    - `throw`: whether to raise an error if the promise does not hold.
     - `key`: a `jax.random.key`.
 
     **Returns:**
@@ -203,9 +84,30 @@ def certify(
 
     **Raises:**
 
-    - `ValueError` if `policy` is not a refined policy.
+    - `ValueError` if `policy` is not a refined policy and there is no `base`.
+    - `RuntimeError` with the certificate, if `throw` and its promise does not hold.
     """
     check_critic(critic)
+    check_positive_integer("num_actions", num_actions, 4096)
+    if num_witnesses != 0:
+        check_positive_integer("num_witnesses", num_witnesses, 512)
+    check_at_least("level", level, 0.5, 0.95, maximum=0.9999)
+    length = batch_length("observations", observations)
+    row_key, key = jr.split(key)
+    rows = jr.permutation(row_key, length)[:num_actions]
+    observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
+    settings = num_actions, num_witnesses, float(level)
+    if base is None and not isinstance(policy, SteeredPolicy):
+        certificate = _certify_refined(policy, critic, observations, settings, key)
+    else:
+        certificate = certify_pair(policy, base, critic, observations, settings, key)
+    if throw and not certificate.holds:
+        raise RuntimeError(f"The promise of the policy does not hold.\n{certificate}")
+    return certificate
+
+
+def _certify_refined(policy, critic, observations, settings, key) -> Certificate:
+    """The certificate of a policy followed by a transport map, and of a choice of its actions."""
     if isinstance(policy, AbstractSelection) and not isinstance(policy.policy, RefinedPolicy):
         name = type(policy).__name__
         raise ValueError(
@@ -213,13 +115,38 @@ def certify(
             f"`{type(policy.policy).__name__}`. Write "
             f"`policy={name}(refine(policy, critic), critic, ...)`."
         )
-    check_instance("policy", _refined(policy), RefinedPolicy, "fisher_flow.refine(policy, critic)")
-    check_positive_integer("num_actions", num_actions, 4096)
+    refined = _refined(policy)
+    check_instance("policy", refined, RefinedPolicy, "fisher_flow.refine(policy, critic)")
+    num_actions, num_witnesses, level = settings
     length = batch_length("observations", observations)
-    row_key, key = jr.split(key)
-    rows = jr.permutation(row_key, length)[:num_actions]
-    observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    return _certify(policy, critic, observations, -(-num_actions // len(rows)), key)
+    measured = in_continuous_time(refined, observations, key=key)
+    certified = measured
+    if isinstance(policy, AbstractSelection):
+        certified = eqx.tree_at(lambda policy: policy.policy, policy, measured)
+    found = _measure(certified, critic, observations, -(-num_actions // length), key)
+    by_density, by_steps = witnesses(refined, observations, num_witnesses, key=key)
+    num_drawn = found["gains"].size
+    folded = float(found["folded"])
+    upper = binomial_limit(round(folded * num_drawn), num_drawn, level)
+    method = refined.method
+    found["kl_by_score"] = found["kl"]
+    # A difference beyond chance is an error of the scores; one within it is noise.
+    if abs(float(by_density.difference)) > 3 * float(by_density.difference_stderr):
+        found["kl"], found["kl_stderr"] = by_density.kl, by_density.kl_stderr
+    verdict = _judge(found, by_density, by_steps, method, num_drawn)
+    del found["outside"]
+    return Certificate(
+        verdict=verdict,
+        kl_upper=found["kl"] + normal_quantile(level) * found["kl_stderr"],
+        by_density=by_density,
+        by_steps=by_steps,
+        folded_upper=jnp.asarray(upper, found["kl"].dtype),
+        score=method.measure.score,
+        level=level,
+        num_actions=num_drawn,
+        num_observations=length,
+        **found,
+    )
 
 
 def _refined(policy: Any) -> Any:
@@ -227,8 +154,48 @@ def _refined(policy: Any) -> Any:
     return policy.policy if isinstance(policy, AbstractSelection) else policy
 
 
+def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
+    """The first reason why the promise may not hold, the likeliest first."""
+    kl, kl_stderr, radius = (float(found[name]) for name in ("kl", "kl_stderr", "radius"))
+    folded, stein = float(found["folded"]), float(found["stein"])
+    if float(found["non_finite"]) > 0:
+        return Verdict.critic_not_finite
+    if float(found["outside"]) > 0:
+        return Verdict.beyond_data
+    # More folds than the method allows, beyond chance.
+    least_folded = 1 - binomial_limit(num_drawn - round(folded * num_drawn), num_drawn, 0.99)
+    if least_folded > float(method.max_folded):
+        return Verdict.folds
+    if radius == 0 and kl == 0:
+        return Verdict.holds
+    witnesses = [w for w in (by_density, by_steps) if not np.isnan(float(w.kl))]
+    if any(float(w.unknown) > folded + MOST_UNKNOWN for w in witnesses):
+        return Verdict.beyond_data
+    if not np.isnan(float(by_density.kl)):
+        # Scores and densities that are far apart: one of them is wrong.
+        if differs(by_density, MOST_CORRECTED) or not is_normalised(by_density):
+            score = method.measure.score
+            if isinstance(score, CalibratedScore) and not bool(score.settled):
+                return Verdict.score_uncalibrated
+            off = abs(stein) > 4 * float(found["stein_stderr"])
+            return Verdict.stein_residual if off else Verdict.witnesses_disagree
+    # What the mean of the Stein residual adds to the KL, beyond chance.
+    elif abs(stein) - 3 * float(found["stein_stderr"]) > LARGEST_DIFFERENCE * abs(kl):
+        return Verdict.stein_residual
+    if are_apart(by_density, by_steps):
+        return Verdict.sampler_differs
+    if kl - 2 * kl_stderr > 1.05 * radius:
+        return Verdict.radius_exceeded
+    if len(witnesses) == 0 or any(map(is_vague, witnesses)):
+        return Verdict.unchecked
+    if not float(found["improvement"]) > 2 * float(found["improvement_stderr"]):
+        return Verdict.no_gain
+    return Verdict.holds
+
+
 @eqx.filter_jit
-def _certify(certified, critic, observations, num_per_observation, key) -> Certificate:
+def _measure(certified, critic, observations, num_per_observation, key) -> dict[str, Any]:
+    """What scores say of a refined policy: the entries of a certificate."""
     refined = _refined(certified)
     policy, method = refined.policy, refined.method
     length = batch_length("observations", observations)
@@ -256,6 +223,7 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
             predicted=jnp.where(jnp.isfinite(predicted), predicted, 0),
             gain=jnp.where(moved, gain, 0),
             non_finite=~finite,
+            outside=_leaves_support(method.measure.score, a, δ),
         )
 
     def of_observation(row):
@@ -293,7 +261,7 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
     improvement, improvement_stderr = mean_and_stderr(results["gain"])
     total_kl, total_kl_stderr = mean_and_stderr(total_kls)
     total_improvement, total_improvement_stderr = mean_and_stderr(total_gains)
-    return Certificate(
+    return dict(
         kl=kls[whole],
         kl_stderr=kl_stderrs[whole],
         kl_predicted=jnp.mean(results["predicted"]),
@@ -308,14 +276,25 @@ def _certify(certified, critic, observations, num_per_observation, key) -> Certi
         stein=stein,
         stein_stderr=stein_stderr,
         non_finite=jnp.mean(results["non_finite"], dtype=kls.dtype),
-        score=method.measure.score,
-        num_actions=length * num_per_observation,
-        num_observations=length,
+        outside=jnp.mean(results["outside"], dtype=kls.dtype),
         fractions=fractions.astype(kls.dtype),
         kl_by_fraction=kls,
         kl_stderr_by_fraction=kl_stderrs,
         gains=results["gain"].reshape(-1),
     )
+
+
+def _leaves_support(score, action, displacement) -> Array:
+    """Whether an action is moved in a direction in which the actions do not vary."""
+    if score.whitening is None:
+        return jnp.asarray(False)
+    δ = displacement.reshape(-1)
+    rest = δ - score.whitening.colour(score.whitening.whiten(δ))
+    constant = ~jnp.any(jnp.atleast_2d(score.whitening.factor) != 0, axis=-1)
+    if score.whitening.factor.ndim == 1:
+        constant = score.whitening.factor == 0
+    ε = 8 * jnp.finfo(δ.dtype).eps
+    return jnp.any(constant & (jnp.abs(rest) > ε * (1 + jnp.abs(action.reshape(-1)))))
 
 
 def _total(certified, critic, o, key) -> tuple[Scalar, Scalar]:

@@ -10,10 +10,11 @@ from .._checks import batch_length, check_equal_lengths, check_instance, check_p
 from .._custom_types import Critic
 from .._flows import AbstractFlowPolicy, as_flow_policy
 from .._geometry import calibrate, TransportKL
-from ._certify import Certificate, certify
+from ._certificate import Certificate
+from ._certify import certify
 from ._executed_critic import check_critic
 from ._fidelity import checked_held_out
-from ._method import AbstractRefinement, method_example
+from ._method import AbstractTransport, method_example
 from ._natural_step import NaturalStep
 from ._refine import refine
 from ._refined_policy import RefinedPolicy
@@ -109,7 +110,7 @@ def _row(name: str, report: Certificate) -> str:
 def refine_chain(
     policy: Any,
     critic: Critic,
-    method: AbstractRefinement = NaturalStep(),
+    method: AbstractTransport = NaturalStep(),
     *,
     num_steps: int = 4,
     observations: PyTree[Any],
@@ -162,7 +163,7 @@ def refine_chain(
     """
     refined = as_flow_policy(policy)
     check_critic(critic)
-    check_instance("method", method, AbstractRefinement, method_example(method))
+    check_instance("method", method, AbstractTransport, method_example(method))
     check_positive_integer("num_steps", num_steps, 4)
     batch_length("observations", observations)
     if actions is not None:
@@ -174,7 +175,9 @@ def refine_chain(
     measure = TransportKL(measure.score, measure.num_nodes, measure.num_probes, whole_chain=True)
     start, spent, total = None, 0.0, jnp.asarray(method.radius)
     if isinstance(refined, RefinedPolicy):
-        start = certify(refined, critic, held_out, key=jr.fold_in(steps_key, num_steps))
+        start = certify(
+            refined, critic, held_out, num_witnesses=0, key=jr.fold_in(steps_key, num_steps)
+        )
         spent = max(float(start.total_kl), 0.0)
         if 0 < total <= spent:
             raise ValueError(
@@ -190,7 +193,7 @@ def refine_chain(
         of_step = lambda method: (method.radius, method.measure)
         step = eqx.tree_at(of_step, method, (radius, measure))
         candidate = refine(refined, critic, step, observations=observations, key=refine_key)
-        report = certify(candidate, critic, held_out, key=certify_key)
+        report = certify(candidate, critic, held_out, num_witnesses=0, key=certify_key)
         if not report.improvement > 2 * report.improvement_stderr:
             rejected = report
             break

@@ -7,7 +7,7 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._flows import AbstractFlowPolicy
 from .._trees import finite_or_zero
-from ._method import AbstractRefinement, Reached
+from ._method import AbstractTransport, Reached
 from ._radius import scale_to_radius
 
 
@@ -28,7 +28,7 @@ def over_batch(observations: PyTree[Any]) -> OverRows:
 
 
 def linearised_fields(
-    method: AbstractRefinement,
+    method: AbstractTransport,
     policy: AbstractFlowPolicy,
     displacement: Callable[[Any, Any], Any],
     actions: Array,
@@ -46,7 +46,7 @@ def linearised_fields(
 
 
 def meet_radius(
-    method: AbstractRefinement,
+    method: AbstractTransport,
     policy: AbstractFlowPolicy,
     fields: Callable[[Scalar], tuple[Array, Array]],
     initial: Scalar,

@@ -45,12 +45,10 @@ class AbstractDisplacement(eqx.Module):
 
 
 class AbstractRefinement(eqx.Module):
-    """Abstract base class for the ways to find a displacement: the `method` of `refine`."""
+    """Abstract base class for the ways to improve a policy: the `method` of `refine`.
 
-    metric: AbstractVar[AbstractCost]
-    radius: AbstractVar[ScalarLike]
-    measure: AbstractVar[TransportKL]
-    max_folded: AbstractVar[ScalarLike]
+    It has a `radius`: the KL to spend, in nats.
+    """
 
     @abc.abstractmethod
     def fit(
@@ -74,6 +72,15 @@ class AbstractRefinement(eqx.Module):
 
         The better policy.
         """
+
+
+class AbstractTransport(AbstractRefinement):
+    """Abstract base class for the ways to find a displacement of actions."""
+
+    metric: AbstractVar[AbstractCost]
+    radius: AbstractVar[ScalarLike]
+    measure: AbstractVar[TransportKL]
+    max_folded: AbstractVar[ScalarLike]
 
 
 def check_method(metric: Any, cls: type, radius: Any, measure: Any, example: str) -> None:

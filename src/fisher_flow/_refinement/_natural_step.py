@@ -12,14 +12,22 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike, UInt32
 from .._checks import batch_length, check_at_least, check_instance, check_positive_integer
 from .._custom_types import Action, Critic, Observation
 from .._flows import AbstractFlowPolicy
-from .._geometry import AbstractCost, AbstractMetric, ObservedInformation, TransportKL
+from .._geometry import (
+    AbstractCost,
+    AbstractMetric,
+    in_continuous_time,
+    ObservedInformation,
+    TransportKL,
+    with_flow,
+)
 from .._linalg import damped_solve
 from .._trees import constant, finite_or_zero, fold_in_values
+from ._correct_length import correct_length
 from ._executed_critic import critic_gradient
 from ._meet_radius import linearised_fields, meet_radius, over_batch, OverRows
 from ._method import (
     AbstractDisplacement,
-    AbstractRefinement,
+    AbstractTransport,
     check_method,
     draw_from_flow,
     measure_by,
@@ -29,7 +37,7 @@ from ._radius import scaled
 from ._refined_policy import RefinedPolicy
 
 
-class NaturalStep(AbstractRefinement):
+class NaturalStep(AbstractTransport):
     r"""A natural-gradient step in action space: refinement without training.
 
     $$\delta(a) = \eta\, \bigl(G(a) + \lambda \bar g I\bigr)^{-1} \nabla_a Q(o, a),$$
@@ -62,6 +70,7 @@ class NaturalStep(AbstractRefinement):
     max_folded: ScalarLike = 0.01
     num_auxiliary: int = eqx.field(static=True, default=64)
     num_calibration: int = eqx.field(static=True, default=16_384)
+    num_witnesses: int = eqx.field(static=True, default=512)
     solver: lx.AbstractLinearSolver = lx.AutoLinearSolver(well_posed=True)
     measure: TransportKL = None  # pyright: ignore
 
@@ -70,8 +79,8 @@ class NaturalStep(AbstractRefinement):
             name = type(self.metric).__name__
             raise ValueError(
                 f"`metric` must price single steps, but got `{name}()`, which prices the "
-                "divergence of a field. Write `NaturalStep(metric=ObservedInformation())`, or train with "
-                f"`Residual(metric={name}())`."
+                "divergence of a field. Write `NaturalStep(metric=ObservedInformation())`, or "
+                f"train with `Residual(metric={name}())`."
             )
         example = "fisher_flow.ObservedInformation()"
         check_method(self.metric, AbstractMetric, self.radius, self.measure, example)
@@ -98,8 +107,11 @@ class NaturalStep(AbstractRefinement):
     ) -> RefinedPolicy:
         if observations is None:
             return RefinedPolicy(policy, critic, _StepPerState(self, jr.key_data(key)), self)
-        step, reached = _calibrated_step(policy, critic, self, observations, key)
-        return RefinedPolicy(policy, critic, step, self, reached)
+        measured = in_continuous_time(policy, observations, key=key)
+        step, reached = _calibrated_step(measured, critic, self, observations, key)
+        refined = RefinedPolicy(measured, critic, step, self, reached)
+        refined = correct_length(refined, observations, self.num_witnesses, key=key)
+        return with_flow(refined, policy.flow_policy)
 
 
 NaturalStep.__init__.__doc__ = r"""**Arguments:**
@@ -120,6 +132,8 @@ NaturalStep.__init__.__doc__ = r"""**Arguments:**
 - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
     the length of the step there.
 - `num_calibration`: with observations, the number of actions drawn to settle it once.
+- `num_witnesses`: with observations, the number of actions on which the KL is then measured anew by
+    densities, as `certify` does, and the length corrected; 0 for none.
 - `solver`: any Lineax solver for symmetric positive definite operators. Actions of more
     than 32 entries need none: `ObservedInformation` solves in its own small space.
 - `measure`: how the KL is measured. By default with the score of the metric.

@@ -53,8 +53,8 @@ def refine(
         not modified.
     - `critic`: called as `critic(observation, action)` for one sample; returns a scalar, of which
         more is better. Any differentiable function.
-    - `method`: how to refine: [`fisher_flow.NaturalStep`][], which needs no training, or
-        [`fisher_flow.Residual`][], which trains a network.
+    - `method`: how to refine: [`fisher_flow.NaturalStep`][] and [`fisher_flow.Steering`][], which
+        need no training, or [`fisher_flow.Residual`][], which trains a network.
 
     **Other arguments:**
 
@@ -68,9 +68,10 @@ def refine(
 
     **Returns:**
 
-    A [`fisher_flow.RefinedPolicy`][]. Its actions with a radius of zero are those of the base
-    policy, bit for bit. `refined.reached` tells the KL that was met, and whether folds forbade
-    more; it is `None` where the length is settled anew at every observation.
+    A [`fisher_flow.RefinedPolicy`][], or by `Steering` a [`fisher_flow.SteeredPolicy`][]. Its
+    actions with a radius of zero are those of the base policy, bit for bit. `refined.reached` tells
+    the KL that was met, and whether something forbade more; it is `None` where the length is
+    settled anew at every observation.
 
     **Raises:**
 

@@ -12,7 +12,7 @@ from .._flows import AbstractFlowPolicy, FlowPolicy, TanhBounds
 from .._linalg import value_and_jacobian
 from .._trees import as_inexact, finite_or_zero
 from ._executed_critic import check_critic, critic_gradient
-from ._method import AbstractDisplacement, AbstractRefinement, Reached
+from ._method import AbstractDisplacement, AbstractTransport, Reached
 
 
 class RefinedPolicy(AbstractFlowPolicy):
@@ -33,7 +33,7 @@ class RefinedPolicy(AbstractFlowPolicy):
     policy: AbstractFlowPolicy
     critic: Critic
     displacement_field: AbstractDisplacement
-    method: AbstractRefinement
+    method: AbstractTransport
     reached: Reached | None
 
     def __init__(
@@ -41,7 +41,7 @@ class RefinedPolicy(AbstractFlowPolicy):
         policy: AbstractFlowPolicy,
         critic: Critic,
         displacement_field: AbstractDisplacement,
-        method: AbstractRefinement,
+        method: AbstractTransport,
         reached: Reached | None = None,
     ):
         """**Arguments:**

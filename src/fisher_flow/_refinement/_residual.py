@@ -15,14 +15,15 @@ from .._checks import check_at_least, check_positive_integer
 from .._custom_types import Action, Critic, Observation
 from .._fit import apply_gradient, fit
 from .._flows import AbstractFlowPolicy
-from .._geometry import AbstractCost, FisherRao, TransportKL
+from .._geometry import AbstractCost, FisherRao, in_continuous_time, TransportKL, with_flow
 from .._networks import AbstractEncoder, zero_network
 from .._trees import finite_or_zero, random_rows
+from ._correct_length import correct_length
 from ._executed_critic import critic_gradient
 from ._meet_radius import linearised_fields, meet_radius, over_batch
 from ._method import (
     AbstractDisplacement,
-    AbstractRefinement,
+    AbstractTransport,
     check_method,
     draw_from_flow,
     measure_by,
@@ -32,7 +33,7 @@ from ._radius import scaled
 from ._refined_policy import RefinedPolicy
 
 
-class Residual(AbstractRefinement):
+class Residual(AbstractTransport):
     r"""A trained residual network: the refinement of the Fisher Decorator paper.
 
     The network $\delta_\theta(o, a)$ minimises
@@ -81,6 +82,7 @@ class Residual(AbstractRefinement):
     damping: ScalarLike = 0.1
     max_folded: ScalarLike = 0.01
     num_calibration: int = eqx.field(static=True, default=4096)
+    num_witnesses: int = eqx.field(static=True, default=512)
     measure: TransportKL = None  # pyright: ignore
     progress: bool = eqx.field(static=True, default=True)
 
@@ -150,9 +152,12 @@ class Residual(AbstractRefinement):
             progress=self.progress,
             description=f"residual, {type(self.metric).__name__}",
         )
-        scale, reached = _final_scale(self, policy, network, observations, calibration_key)
+        measured = in_continuous_time(policy, observations, key=calibration_key)
+        scale, reached = _final_scale(self, measured, network, observations, calibration_key)
         displacement = NetworkDisplacement(network, scale)
-        return RefinedPolicy(policy, critic, displacement, self, reached)
+        refined = RefinedPolicy(measured, critic, displacement, self, reached)
+        refined = correct_length(refined, observations, self.num_witnesses, key=calibration_key)
+        return with_flow(refined, policy.flow_policy)
 
 
 Residual.__init__.__doc__ = r"""**Arguments:**
@@ -175,6 +180,8 @@ Residual.__init__.__doc__ = r"""**Arguments:**
 - `max_folded`: the share of actions at which the transport map may fold. If maps before it
     fold at more of them already, this one may add none.
 - `num_calibration`: the number of actions drawn to settle the final scale.
+- `num_witnesses`: the number of actions on which the KL is then measured anew by densities, as
+    `certify` does, and the scale corrected; 0 for none.
 - `measure`: how the KL is measured. By default with the score of the metric.
 - `progress`: whether to show a progress bar with the gain, the KL and the dual variable.
 
@@ -243,7 +250,7 @@ def _update(args, state, key, step):
         gain = jnp.sum(lax.stop_gradient(g / gradient_norm) * δ)
         # After other maps, too, the cost is by the flow, whose score is at hand.
         cost = method.metric.cost(policy.flow_policy, o, a, lambda a: network(o, a), key=key)
-        cost = cost + 0.5 * method.damping * eigenvalue * jnp.sum(δ**2)
+        cost = cost + 0.5 * method.damping * eigenvalue * method.metric.squared_length(δ)
         return jnp.where(finite, gain, 0), cost
 
     @eqx.filter_value_and_grad(has_aux=True)

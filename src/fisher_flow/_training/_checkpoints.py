@@ -8,7 +8,7 @@ import jax
 
 
 def recorded_in(folder: str | os.PathLike[str], name: str) -> str | None:
-    """An entry of the description of the run in a folder, if there is one with a checkpoint."""
+    """An entry of the description of the run in a folder; `None` if it has no checkpoint."""
     path, checkpoints = Path(folder) / "run.json", Path(folder) / "checkpoints"
     if not path.exists() or not checkpoints.exists() or not any(checkpoints.iterdir()):
         return None
@@ -16,7 +16,7 @@ def recorded_in(folder: str | os.PathLike[str], name: str) -> str | None:
 
 
 class Checkpoints:
-    """The checkpoints of a run in a folder: the last two, each written whole or not at all."""
+    """The last two checkpoints of a run, in a folder. Each is written whole or not at all."""
 
     def __init__(self, folder: str | os.PathLike[str], description: dict[str, str]):
         try:
@@ -41,7 +41,7 @@ class Checkpoints:
                 if name == "trained" and (name in there) != (name in description):
                     raise ValueError(
                         f"`folder={str(self.folder)!r}` holds a run of "
-                        f"`{'fine_tune' if name in there else 'train'}`, and this is another "
+                        f"`{'fine_tune' if name in there else 'train'}`, which is another "
                         f"function. Write `folder={str(self.folder) + '_2'!r}`."
                     )
                 if there.get(name) != description.get(name):
@@ -58,7 +58,7 @@ class Checkpoints:
         os.replace(written, path)
 
     def save(self, number: int, states: list[Any]) -> None:
-        """Writes the states, under a number that is larger than the last."""
+        """Writes the states, under a number that is larger than the one before."""
         leaves = jax.tree.leaves(eqx.filter(states, eqx.is_array))
         tree = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
         self._manager.save(number, args=self._ocp.args.StandardSave(tree))

@@ -15,11 +15,17 @@ from jax import lax
 from jaxtyping import PRNGKeyArray
 
 from .._data import is_mapped, Transitions
-from ._sampling import BlockSampling, keys_of_update, uniform_rows, UniformSampling
+from ._sampling import (
+    BalancedSampling,
+    BlockSampling,
+    keys_of_update,
+    uniform_rows,
+    UniformSampling,
+)
 
 
 # The number of updates by which a piece is used up, and where their batches come from.
-Piece = tuple[int, UniformSampling | BlockSampling]
+Piece = tuple[int, UniformSampling | BlockSampling | BalancedSampling]
 
 
 _BLOCK_SIZE = 2**23  # bytes: small beside any memory, large beside what starting a program costs
@@ -28,21 +34,21 @@ _BLOCK_SIZE = 2**23  # bytes: small beside any memory, large beside what startin
 _BLOCK_LENGTH = 100  # updates
 
 
-# A read from disk takes long and does little, so that many blocks at once are read as fast as few.
-# But the batch of one update may be larger than a block should be: large images, many seeds.
+# A read from disk takes long and does little, so many blocks at once are read as fast as a few.
+# But with large images or many seeds, the batch of one update may be larger than a block should be.
 _MOST_BLOCKS = 16
 
 
-_MOST_BYTES = 2**28  # of all of them, though two at least
+_MOST_BYTES = 2**28  # of all blocks that are read at once; two blocks may take more
 
 
 def check_num_rows(transitions: Transitions) -> None:
-    """Refuses none, and more rows than JAX's default integers can count."""
+    """Refuses transitions without a row, or with more rows than JAX's integers can count."""
     if len(transitions) == 0:
         raise ValueError(
-            "`transitions` must have at least one row, but has none. Write "
-            "`transitions=Transitions.from_episodes(...)`, of episodes that have ended or of two "
-            "steps or more."
+            "`transitions` must have at least one row, but has 0 rows. Write "
+            "`transitions=Transitions.from_episodes(...)`, with episodes that have ended or that "
+            "have two steps or more."
         )
     most = int(jnp.iinfo(jnp.result_type(int)).max)
     if len(transitions) > most:
@@ -68,9 +74,10 @@ class Resident:
 
 
 class Streamed:
-    """Blocks of the batches of several updates each, read by Grain while others are learned from.
+    """Blocks with the batches of several updates each. Grain reads them while the agent learns from
+    the blocks before.
 
-    Block `b` is a function of `b` alone, so that a run may start with any of them.
+    Block `b` depends on `b` alone, so that a run may start with any block.
     """
 
     def __init__(
@@ -90,9 +97,9 @@ class Streamed:
                 "on the device."
             ) from error
         maps = [leaf for leaf in jax.tree.leaves(transitions) if is_mapped(leaf)]
-        # Else the system reads some 128 KB around every row, in case they are wanted too.
+        # Otherwise the system reads some 128 KB around every row.
         _advise(maps, "MADV_RANDOM")
-        # The maps are the user's, who may read them in order: undone however the training ends.
+        # The maps belong to the user, who may read them in order: undone however training ends.
         self._read_in_order = weakref.finalize(self, _advise, maps, "MADV_NORMAL")
         columns = jax.tree.map(np.asarray, transitions)
         row = sum(leaf[:1].nbytes for leaf in jax.tree.leaves(columns))
@@ -131,14 +138,14 @@ class Streamed:
 
 
 def _advise(maps: list[Any], name: str) -> None:
-    """Tells the system how maps will be read, where it can be told."""
+    """Tells the system how maps will be read, if the system can be told."""
     if hasattr(mmap, name):
         for leaf in maps:
             leaf._mmap.madvise(getattr(mmap, name))
 
 
 class _Blocks:
-    """What Grain reads: block after block, each of all the seeds."""
+    """What Grain reads: block after block, each with the batches of all seeds."""
 
     def __init__(self, columns, key, seeds, batch_size, length, count):
         self._columns, self._length, self._count = columns, length, count
@@ -147,8 +154,8 @@ class _Blocks:
         except RuntimeError:  # JAX_PLATFORMS names accelerators alone
             device = None
         self._args = jax.device_put((key, seeds), device)
-        # Here, not in the threads of Grain, where JAX has not the configuration of a `with` around
-        # the training, which the rows depend on.
+        # Not in the threads of Grain: the rows depend on the configuration of JAX, and a `with`
+        # around the training configures this thread alone.
         lowered = _rows.lower(*self._args, batch_size, length, len(columns), np.int32(0))
         self._rows = lowered.compile()
 

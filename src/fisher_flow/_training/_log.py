@@ -10,7 +10,7 @@ Logger = Callable[[int, int, dict[str, float]], None]
 
 
 class Log:
-    """Rows of numbers in the CSV files of a folder, handed on to other loggers too."""
+    """Rows of numbers, written to the CSV files of a folder and given to the loggers."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, loggers: Sequence[Logger]):
         self.folder = None if folder is None else Path(folder)
@@ -41,16 +41,16 @@ class Log:
         return (seed, updates) in self._evaluated
 
     def forget_after(self, updates: dict[int, int]) -> None:
-        """Removes the rows of updates that a resumed run is going to make again: of each seed those
-        after a number of them."""
+        """Removes the rows of updates that a resumed run will make again: for each seed, the rows
+        after a number of updates."""
         if self.folder is None:
             return
         for name in ("train", "online", "evaluations"):
             path = self.folder / f"{name}.csv"
             if not path.exists():
                 continue
-            # A run that was killed may have left half a row, or of the header half or nothing. It
-            # may lack no more than the end of the last number: only the end of the line tells.
+            # A run that was killed may have left a part of a row, or of the header. Where only the
+            # end of the last number is missing, nothing but the missing end of the line shows it.
             lines = path.read_bytes().decode("utf-8", "ignore").splitlines(keepends=True)
             lines = [line for line in lines if line.endswith("\n")]
             header, *rows = list(csv.reader(lines)) or [[]]
@@ -67,7 +67,7 @@ class Log:
             os.replace(rewritten, path)
 
     def close(self) -> None:
-        with contextlib.ExitStack() as stack:  # all of them, though one of them fails
+        with contextlib.ExitStack() as stack:  # closes all of them, also if one fails
             for logger in reversed(self.loggers):
                 close = getattr(logger, "close", None)
                 if close is not None:

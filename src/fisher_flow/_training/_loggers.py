@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 
 class TensorBoard:
-    """A logger for [`fisher_flow.train`][] that writes what TensorBoard shows, a folder a seed.
+    """A logger for [`fisher_flow.train`][] that writes files for TensorBoard, in a folder for each
+    seed.
 
     Needs tensorboardX: `pip install tensorboardX`. Any function of a seed, a number of updates and
     a dictionary of numbers is a logger too.
@@ -34,7 +35,7 @@ class TensorBoard:
     def __call__(self, seed: int, updates: int, values: dict[str, float]) -> None:
         """Writes one row."""
         if seed not in self._writers:
-            # What a run that was stopped has written beyond is made again, and hidden.
+            # Rows beyond this one, from before the run was stopped, are made again: hide them.
             folder = str(self.folder / f"seed_{seed}")
             self._writers[seed] = self._make_writer(folder, purge_step=updates + 1)
         for key, value in values.items():
@@ -48,12 +49,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A logger for [`fisher_flow.train`][] that writes to Weights & Biases, a run a seed.
+    """A logger for [`fisher_flow.train`][] that writes to Weights & Biases, in a run for each seed.
 
-    The runs of one training form the group `name`. Made again with the same name they go on where
-    they were, as the training itself does from its `folder`; online, rows that were written before
-    the training was stopped, and are made again, are not written twice. An evaluation that failed,
-    and is made up for when the training goes on, is in `evaluations.csv` only.
+    The runs of one training form the group `name`. A logger with the same name goes on with these
+    runs, as the training itself goes on from its `folder`. Online, a row that was written before
+    the training was stopped is not written again. If an evaluation failed and is made when the
+    training goes on, it is in `evaluations.csv` only.
 
     Needs wandb, `pip install wandb`, and an account, unless `mode="offline"`: the runs are then
     kept in a folder `wandb`, which `wandb sync` uploads.
@@ -81,7 +82,7 @@ class WeightsAndBiases:
         - `config`: settings to keep with the runs. The seed is added.
         - `mode`: `"online"`, `"offline"`, or `"disabled"` to write nothing; by default what the
             variable `WANDB_MODE` says, else online.
-        - `options`: any others of `wandb.init`, such as `entity`, `dir` or `tags`.
+        - `options`: other arguments of `wandb.init`, such as `entity`, `dir` or `tags`.
 
         **Raises:**
 
@@ -91,7 +92,7 @@ class WeightsAndBiases:
         allowed = re.sub(r"[/\\#?%:]", "-", name)
         if name != allowed or name == "":
             raise ValueError(
-                "`name` must be of one or more characters, none of them one of `/\\#?%:`, but got "
+                "`name` must have at least one character, and none of `/\\#?%:`, but got "
                 f"`{name!r}`. Write `name={allowed or 'first'!r}`."
             )
         try:
@@ -120,10 +121,10 @@ class WeightsAndBiases:
                 **self._options,
             )
         run = self._runs[seed]
-        if updates >= run.step:  # else it is there, from before the training was stopped
+        if updates >= run.step:  # otherwise it was written before the training was stopped
             run.log(values, step=updates)
 
     def close(self) -> None:
-        """Ends the runs, so that all of it is uploaded. The next row goes on with them."""
+        """Ends the runs, so that everything is uploaded. The next row goes on with them."""
         while self._runs:
             self._runs.popitem()[1].finish()

@@ -12,15 +12,20 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from .._data import Transitions
 
 
+def key_of_updates() -> PRNGKeyArray:
+    """What the key of every update is folded from, by the number of the update."""
+    return jr.key(1)
+
+
 def keys_of_update(key: PRNGKeyArray, seed: Any) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
-    """Keys for the rows of the batch of an update, for the update itself and for what is done to
-    the batch in between, of the training with a seed, by the key of the update."""
+    """Three keys of an update, for the training with one seed: for the rows of its batch, for the
+    update itself, and for what augments the batch."""
     row_key, update_key, augment_key = jr.split(jr.fold_in(key, seed), 3)
     return row_key, update_key, augment_key
 
 
 def uniform_rows(key: PRNGKeyArray, num: int, length: int) -> Int[Array, " num"]:
-    """Rows, drawn with replacement. Wherever the data lie, they are the same."""
+    """Rows, drawn with replacement. They are the same wherever the data lie."""
     return jr.randint(key, (num,), 0, length)
 
 
@@ -35,8 +40,8 @@ class UniformSampling(eqx.Module):
 
 
 class BlockSampling(eqx.Module):
-    """Batches that have been drawn already: those of several updates, one after another, and of
-    several seeds. That of a seed for update `step` is number `origin + step`."""
+    """Batches that have been drawn already, for several updates and several seeds, one after
+    another. The batch of a seed for update `step` has the number `origin + step`."""
 
     batches: Transitions
     seeds: Int[Array, " seeds"]
@@ -49,7 +54,7 @@ class BlockSampling(eqx.Module):
 
 
 class ReplayBuffer(eqx.Module):
-    """The last rows of what was written to it, as many as it has room for, on the device."""
+    """The last rows that were written, as many as there is room for, on the device."""
 
     rows: Transitions
     num_written: Int[Array, ""]
@@ -71,7 +76,8 @@ class ReplayBuffer(eqx.Module):
         return jnp.minimum(self.num_written, self.capacity)
 
     def write(self, transitions: Transitions) -> "ReplayBuffer":
-        """The buffer with these rows too. What it was before is gone: its memory is used again."""
+        """The buffer with these rows too. The buffer before must not be used again: the new one
+        takes its memory."""
         buffer = self
         # Blocks of one length, so that episodes of any length share one compilation.
         block = min(1024, self.capacity)
@@ -91,7 +97,7 @@ class ReplayBuffer(eqx.Module):
 def _write(block, buffer: ReplayBuffer) -> ReplayBuffer:
     rows, count = block
     i = jnp.arange(len(rows))
-    # The oldest rows make way; padding goes beyond the end, where nothing is written.
+    # New rows replace the oldest. Padding goes beyond the end, where nothing is written.
     place = jnp.where(i < count, (buffer.num_written + i) % buffer.capacity, buffer.capacity)
     rows = jax.tree.map(
         lambda column, new: column.at[place].set(new.astype(column.dtype), mode="drop"),
@@ -102,8 +108,8 @@ def _write(block, buffer: ReplayBuffer) -> ReplayBuffer:
 
 
 class BalancedSampling(eqx.Module):
-    """Rows of logged transitions and of a buffer, of which the latter have a fixed share of every
-    batch; with a share of `None`, rows of the union of both."""
+    """Rows of logged transitions and of a buffer. The buffer has a fixed share of every batch; with
+    a share of `None`, rows are drawn from the union of both."""
 
     transitions: Transitions
     buffer: ReplayBuffer

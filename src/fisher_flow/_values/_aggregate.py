@@ -1,4 +1,4 @@
-"""Several opinions of one action, made one."""
+"""Several values of one action, made into one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,15 +28,10 @@ class LowerConfidenceBound(eqx.Module):
         ```
     """
 
-    scale: ScalarLike
+    scale: ScalarLike = 1.0
 
-    def __init__(self, scale: ScalarLike = 1.0):
-        """**Arguments:**
-
-        - `scale`: the multiple $c$ of the standard deviation.
-        """
-        check_at_least("scale", scale, 0, 1.0)
-        self.scale = scale
+    def __check_init__(self):
+        check_at_least("scale", self.scale, 0, 1.0)
 
     def __call__(self, values: Float[Array, " members"]) -> Scalar:
         """The bound, a scalar in the units of the values."""
@@ -48,8 +43,14 @@ class LowerConfidenceBound(eqx.Module):
         return mean - jnp.asarray(self.scale, values.dtype) * deviation
 
 
+LowerConfidenceBound.__init__.__doc__ = """**Arguments:**
+
+- `scale`: the multiple $c$ of the standard deviation.
+"""
+
+
 class Ensemble(eqx.Module):
-    """One critic out of several, of whatever kinds.
+    """One critic made of several, of any kind.
 
     !!! example
 

@@ -10,11 +10,25 @@ from jaxtyping import Array, Scalar
 from .._custom_types import Action, Observation
 
 
+def checked_support(support: Any) -> tuple[float, float]:
+    """The least and the largest return, as floats."""
+    if np.shape(support) != (2,) or support[0] == support[1]:
+        example = "(-10.0, 0.0)"
+    elif not support[0] < support[1]:
+        example = f"({float(support[1])}, {float(support[0])})"
+    else:
+        return float(support[0]), float(support[1])
+    raise ValueError(
+        f"`support` must be an increasing pair of returns, but got `{support!r}`. Write "
+        f"`support={example}`."
+    )
+
+
 class CategoricalCritic(eqx.Module):
     r"""The mean return of a distributional critic, $\sum_i z_i \operatorname{softmax}(\ell)_i$, for
     logits $\ell$ over fixed returns $z_i$: C51, HL-Gauss and two-hot heads.
 
-    Of a critic that predicts quantiles the mean is `jax.numpy.mean`:
+    For a critic that predicts quantiles, take their mean:
     `critic = lambda observation, action: quantiles(observation, action).mean()`.
 
     !!! example
@@ -42,31 +56,8 @@ class CategoricalCritic(eqx.Module):
     """
 
     network: Callable[[Any, Any], Any]
-    support: tuple[float, float] = eqx.field(static=True)
+    support: tuple[float, float] = eqx.field(converter=checked_support, static=True)
     num_atoms: int = eqx.field(static=True)
-
-    def __init__(
-        self, network: Callable[[Any, Any], Any], support: tuple[float, float], num_atoms: int
-    ):
-        """**Arguments:**
-
-        - `network`: called as `network(observation, action)` for one sample; returns the logits.
-        - `support`: the least and the largest return, with the others evenly between them.
-        - `num_atoms`: the number of returns, and of logits.
-
-        **Raises:**
-
-        - `ValueError` if `support` is not an increasing pair.
-        """
-        low, high = np.asarray(support, float)
-        if not low < high:
-            raise ValueError(
-                f"`support` must be an increasing pair of returns, but got `{support!r}`. Write "
-                f"`support=({float(min(support))}, {float(max(support))})`."
-            )
-        self.network = network
-        self.support = (float(low), float(high))
-        self.num_atoms = num_atoms
 
     def __call__(self, observation: Observation, action: Action) -> Scalar:
         """The mean return of an action, in the units of the support.
@@ -83,3 +74,15 @@ class CategoricalCritic(eqx.Module):
             )
         returns = jnp.linspace(*self.support, self.num_atoms, dtype=logits.dtype)
         return jnp.sum(jax.nn.softmax(logits) * returns)
+
+
+CategoricalCritic.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(observation, action)` for one sample; returns the logits.
+- `support`: the least and the largest return, with the others evenly between them.
+- `num_atoms`: the number of returns, and of logits.
+
+**Raises:**
+
+- `ValueError` if `support` is not an increasing pair.
+"""

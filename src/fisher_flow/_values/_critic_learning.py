@@ -8,22 +8,15 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
+from .._checks import check_at_least, check_discount, check_positive_integer
 from .._custom_types import Action, Data, Observation
 from .._networks import AbstractEncoder
-
-
-def check_aggregate(aggregate: Any) -> None:
-    if not callable(aggregate):
-        raise ValueError(
-            "`aggregate` must be a function from the values of the members to one, but got "
-            f"`{aggregate!r}`. Write `aggregate=jax.numpy.min`."
-        )
 
 
 class AbstractCriticLearning(eqx.Module):
     """Abstract base class for how the critic of an agent is made and learned.
 
-    It holds settings only; what it makes is a critic `critic(observation, action) -> scalar`.
+    It holds settings only. It makes a critic `critic(observation, action) -> scalar`.
     """
 
     width_size: eqx.AbstractVar[int]
@@ -44,8 +37,8 @@ class AbstractCriticLearning(eqx.Module):
         *,
         key: PRNGKeyArray,
     ) -> Float[Array, " batch"]:
-        """What is left after the step, by the target critic: its values, or, of a critic that
-        learns a distribution, a sample of the return for each row."""
+        """The return that is left after the step, by the target critic: its value for each row. A
+        critic that learns a distribution gives a sample of the return for each row instead."""
         del key
         return jax.vmap(target_critic)(next_observations, next_actions)
 
@@ -75,3 +68,17 @@ class AbstractCriticLearning(eqx.Module):
         new, static = eqx.partition(model, eqx.is_inexact_array)
         old = eqx.filter(target, eqx.is_inexact_array)
         return eqx.combine(optax.incremental_update(new, old, self.target_rate), static)
+
+
+def check_members(learning: Any) -> None:
+    """Checks the settings that are common to the critics of several members."""
+    check_positive_integer("num_members", learning.num_members, 2)
+    check_positive_integer("width_size", learning.width_size, 512)
+    check_positive_integer("depth", learning.depth, 4)
+    check_discount(learning.discount)
+    check_at_least("target_rate", learning.target_rate, 0, 0.005, maximum=1)
+    if not callable(learning.aggregate):
+        raise ValueError(
+            "`aggregate` must be a function from the values of the members to one, but got "
+            f"`{learning.aggregate!r}`. Write `aggregate=jax.numpy.min`."
+        )

@@ -1,15 +1,31 @@
-import equinox as eqx
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import optax
-from jax import lax
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import Float, PRNGKeyArray, PyTree, ScalarLike
 
-from .._checks import check_equal_lengths, check_instance, check_positive_integer
+from .._checks import (
+    check_at_least,
+    check_equal_lengths,
+    check_instance,
+    check_positive_integer,
+)
 from .._custom_types import Data
-from .._fit import apply_gradient, fit
+from .._fit import fit
+from .._trees import random_rows
+from ._critic_learner import CriticLearner
 from ._q_ensemble import QEnsemble
+from ._temporal_difference import TemporalDifference
+
+
+class _Columns(NamedTuple):
+    observations: Any
+    actions: Any
+    rewards: Any
+    next_observations: Any
+    next_actions: Any
+    masks: Any
 
 
 def fit_critic(
@@ -21,11 +37,11 @@ def fit_critic(
     next_actions: Float[Data, "batch ..."],
     masks: Float[Data, " batch"],
     *,
-    discount: float = 0.99,
-    target_rate: float = 0.005,
+    discount: ScalarLike = 0.99,
+    target_rate: ScalarLike = 0.005,
     num_updates: int = 20_000,
     batch_size: int = 256,
-    learning_rate: float = 3e-4,
+    learning_rate: ScalarLike = 3e-4,
     progress: bool = True,
     key: PRNGKeyArray,
 ) -> QEnsemble:
@@ -33,8 +49,8 @@ def fit_critic(
 
     $$Q(o, a) \to r + \gamma\, m\, \bar Q(o', a'),$$
 
-    where $a'$ is the action that the data took next, so no action is ever evaluated that is not in
-    the data, and no policy is sampled.
+    with the loss of [`fisher_flow.TemporalDifference`][]. The action $a'$ is the one that the data
+    took next, so no action is ever evaluated that is not in the data, and no policy is sampled.
 
     **Arguments:**
 
@@ -51,7 +67,7 @@ def fit_critic(
     - `num_updates`: the number of gradient steps.
     - `batch_size`: the number of transitions in each, drawn with replacement.
     - `learning_rate`: the rate of Adam.
-    - `progress`: whether to show a progress bar with the loss and the mean value.
+    - `progress`: whether to show a progress bar with the loss, and the mean and the largest value.
     - `key`: a `jax.random.key`; the same key gives the same critic.
 
     **Returns:**
@@ -60,59 +76,38 @@ def fit_critic(
 
     **Raises:**
 
-    - `ValueError` if the lengths do not match.
+    - `ValueError` if the lengths do not match, or an argument is not of its kind.
     """
     check_instance("critic", critic, QEnsemble, "fisher_flow.QEnsemble(3, 1, key=key)")
-    data = dict(
-        observations=observations,
-        actions=actions,
-        rewards=rewards,
-        next_observations=next_observations,
-        next_actions=next_actions,
-        masks=masks,
-    )
-    check_equal_lengths(**data)
+    data = _Columns(observations, actions, rewards, next_observations, next_actions, masks)
+    check_equal_lengths(**data._asdict())
     check_positive_integer("num_updates", num_updates, 20_000)
     check_positive_integer("batch_size", batch_size, 256)
+    check_at_least("learning_rate", learning_rate, 0, 3e-4)
     for name, column in (("rewards", rewards), ("masks", masks)):
         if jnp.ndim(column) != 1:
             raise ValueError(
                 f"`{name}` must have one entry a transition, but got shape {jnp.shape(column)}. "
                 f"Write `{name}={name}.reshape(-1)`."
             )
+    learning = TemporalDifference(discount=discount, target_rate=target_rate)
     data = jax.tree.map(jnp.asarray, data)
-    optimiser_state = optax.adam(learning_rate).init(eqx.filter(critic, eqx.is_inexact_array))
-    args = (data, discount, target_rate, batch_size, learning_rate)
-    critic, _, _ = fit(
+    # Arrays, so that other numbers are no reason to compile again.
+    learning, rate = jax.tree.map(jnp.asarray, learning), jnp.asarray(learning_rate)
+    learner = fit(
         _update,
-        args,
-        (critic, critic, optimiser_state),
+        (data, learning, batch_size, rate),
+        CriticLearner.init(critic, optax.adam(rate)),
         num_updates,
         key=key,
         progress=progress,
         description="critic",
     )
-    return critic
+    return learner.model
 
 
-def _update(args, state, key, step):
+def _update(args, learner, key, step):
     del step
-    data, discount, target_rate, batch_size, learning_rate = args
-    critic, target_critic, optimiser_state = state
-    rows = jr.randint(key, (batch_size,), 0, data["rewards"].shape[0])
-    batch = jax.tree.map(lambda leaf: leaf[rows], data)
-    next_value = jax.vmap(target_critic)(batch["next_observations"], batch["next_actions"])
-    target = lax.stop_gradient(batch["rewards"] + discount * batch["masks"] * next_value)
-
-    @eqx.filter_value_and_grad(has_aux=True)
-    def loss_and_gradient(critic):
-        values = jax.vmap(critic.values)(batch["observations"], batch["actions"])
-        return jnp.mean((values - target[:, None]) ** 2), jnp.mean(values)
-
-    (loss, value), gradient = loss_and_gradient(critic)
-    optimiser = optax.adam(learning_rate)
-    critic, optimiser_state = apply_gradient(optimiser, gradient, optimiser_state, critic)
-    arrays, static = eqx.partition(target_critic, eqx.is_inexact_array)
-    arrays = optax.incremental_update(eqx.filter(critic, eqx.is_inexact_array), arrays, target_rate)
-    target_critic = eqx.combine(arrays, static)
-    return (critic, target_critic, optimiser_state), {"loss": loss, "value": value}
+    data, learning, batch_size, learning_rate = args
+    batch = random_rows(data, batch_size, key=key)
+    return learner.update(learning, optax.adam(learning_rate), batch, batch.next_actions, key=key)

@@ -3,23 +3,23 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_positive_integer
 from .._custom_types import Action, Observation
-from .._networks import encode, QNetwork
+from .._networks import encode, EncoderNetwork, QNetwork
 from .._trees import ravel_inputs
+from ._network_ensemble import AbstractNetworkEnsemble, make_members
 
 
-class QEnsemble(eqx.Module):
-    """A critic: the mean of several Q networks, alike but for their initial parameters.
+class QEnsemble(AbstractNetworkEnsemble):
+    """A critic: the mean of several Q networks, which differ in their initial parameters.
 
     Keep observations and rewards of order one: nothing here rescales them.
     """
 
-    members: QNetwork  # every array in it has a leading axis, one entry a member
-    encoder: Callable[[Any], Any] | None  # one for all members
+    members: QNetwork
+    encoder: EncoderNetwork | None
     num_members: int = eqx.field(static=True)
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
 
@@ -39,7 +39,7 @@ class QEnsemble(eqx.Module):
         """**Arguments:**
 
         - `observation_size`: the number of entries of one observation, all its leaves together.
-            With an `encoder`, that of its features.
+            With an `encoder`, the number of its features.
         - `action_size`: the number of entries of one action.
         - `num_members`: the number of networks.
         - `width_size`, `depth`: the hidden layers of each.
@@ -53,16 +53,11 @@ class QEnsemble(eqx.Module):
         check_positive_integer("num_members", num_members, 2)
         check_positive_integer("width_size", width_size, 256)
         check_positive_integer("depth", depth, 3)
-        self.members = eqx.filter_vmap(
-            lambda key: QNetwork(observation_size + action_size, width_size, depth, dtype, key)
-        )(jr.split(key, num_members))
+        size = observation_size + action_size
+        self.members = make_members(num_members, size, width_size, depth, dtype, key)
         self.encoder = encoder
         self.num_members = num_members
         self.aggregate = aggregate
-
-    def __call__(self, observation: Observation, action: Action) -> Scalar:
-        """The value of an action, a scalar in the units of the rewards."""
-        return self.aggregate(self.values(observation, action))
 
     def values(self, observation: Observation, action: Action) -> Float[Array, " members"]:
         """The value of an action by each member."""

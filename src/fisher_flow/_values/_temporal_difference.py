@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -6,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._checks import check_at_least, check_discount, check_positive_integer
 from .._custom_types import Action, Data, Observation
 from .._networks import AbstractEncoder, make_encoder
-from ._critic_learning import AbstractCriticLearning, check_aggregate
+from ._critic_learning import AbstractCriticLearning, check_members
 from ._q_ensemble import QEnsemble
 
 
@@ -19,53 +19,20 @@ class TemporalDifference(AbstractCriticLearning):
     $$\sum_i \bigl(Q_i(o, a) - y\bigr)^2, \qquad
         y = r + \gamma\, m\, \operatorname{agg}_j \bar Q_j(o', a'),$$
 
-    towards targets $\bar Q_j$ that follow the members $Q_j$ slowly. Which $a'$ is taken is the
-    agent's affair.
+    towards targets $\bar Q_j$ that follow the members $Q_j$ slowly. The agent chooses $a'$.
     """
 
-    num_members: int = eqx.field(static=True)
-    width_size: int = eqx.field(static=True)
-    depth: int = eqx.field(static=True)
-    aggregate: Callable[[Array], Array] = eqx.field(static=True)
-    encoder: AbstractEncoder | None
-    discount: ScalarLike
-    target_rate: ScalarLike
+    _: dataclasses.KW_ONLY
+    num_members: int = eqx.field(default=2, static=True)
+    width_size: int = eqx.field(default=512, static=True)
+    depth: int = eqx.field(default=4, static=True)
+    aggregate: Callable[[Array], Array] = eqx.field(default=jnp.mean, static=True)
+    encoder: AbstractEncoder | None = None
+    discount: ScalarLike = 0.99
+    target_rate: ScalarLike = 0.005
 
-    def __init__(
-        self,
-        *,
-        num_members: int = 2,
-        width_size: int = 512,
-        depth: int = 4,
-        aggregate: Callable[[Array], Array] = jnp.mean,
-        encoder: AbstractEncoder | None = None,
-        discount: ScalarLike = 0.99,
-        target_rate: ScalarLike = 0.005,
-    ):
-        r"""**Arguments:**
-
-        - `num_members`: the number of networks, each with layer norm.
-        - `width_size`, `depth`: the hidden layers of each.
-        - `aggregate`: how the values of the members become one: `jax.numpy.mean`, or
-            `jax.numpy.min` for a pessimist.
-        - `encoder`: what the networks see images through, such as [`fisher_flow.ImpalaEncoder`][];
-            one for all of them.
-        - `discount`: the discount $\gamma$ of one step.
-        - `target_rate`: the share of the critic that enters its target at each update.
-        """
-        check_positive_integer("num_members", num_members, 2)
-        check_positive_integer("width_size", width_size, 512)
-        check_positive_integer("depth", depth, 4)
-        check_discount(discount)
-        check_at_least("target_rate", target_rate, 0, 0.005, maximum=1)
-        check_aggregate(aggregate)
-        self.num_members = num_members
-        self.width_size = width_size
-        self.depth = depth
-        self.aggregate = aggregate
-        self.encoder = encoder
-        self.discount = discount
-        self.target_rate = target_rate
+    def __check_init__(self):
+        check_members(self)
 
     def init(self, observation: Observation, action: Action, *, key: PRNGKeyArray) -> QEnsemble:
         """A critic for observations and actions like these."""
@@ -97,3 +64,16 @@ class TemporalDifference(AbstractCriticLearning):
         values = jax.vmap(critic.values)(observations, jnp.asarray(actions))
         loss = jnp.mean(jnp.sum((values - targets[:, None]) ** 2, axis=1))
         return loss, {"critic_loss": loss, "q_mean": jnp.mean(values), "q_max": jnp.max(values)}
+
+
+TemporalDifference.__init__.__doc__ = r"""**Arguments:**
+
+- `num_members`: the number of networks, each with layer norm.
+- `width_size`, `depth`: the hidden layers of each.
+- `aggregate`: how the values of the members become one: `jax.numpy.mean`, or
+    `jax.numpy.min` for a pessimist.
+- `encoder`: what turns images into features for the networks, such as
+    [`fisher_flow.ImpalaEncoder`][]. All of them share one.
+- `discount`: the discount $\gamma$ of one step.
+- `target_rate`: the share of the critic that enters its target at each update.
+"""

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,25 +9,22 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._checks import check_at_least, check_discount, check_positive_integer
+from .._checks import check_positive_integer
 from .._custom_types import Action, Data, Observation
 from .._networks import AbstractEncoder, encode, EncoderNetwork, make_encoder, QNetwork
 from .._trees import ravel_inputs
-from ._critic_learning import AbstractCriticLearning, check_aggregate
+from ._critic_learning import AbstractCriticLearning, check_members
+from ._network_ensemble import AbstractNetworkEnsemble, make_members
 
 
-class FlowEnsemble(eqx.Module):
+class FlowEnsemble(AbstractNetworkEnsemble):
     """Several flows from noise to returns; the critic of [`fisher_flow.ValueFlow`][]."""
 
-    members: QNetwork  # every array in it has a leading axis, one entry a member
-    encoder: EncoderNetwork | None  # one for all members
+    members: QNetwork
+    encoder: EncoderNetwork | None
     aggregate: Callable[[Array], Array] = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_nodes: int = eqx.field(static=True)
-
-    def __call__(self, observation: Observation, action: Action) -> Scalar:
-        """The value of an action, a scalar in the units of the rewards."""
-        return self.aggregate(self.values(observation, action))
 
     def values(self, observation: Observation, action: Action) -> Float[Array, " members"]:
         """The mean return of an action by each member."""
@@ -41,8 +39,8 @@ class FlowEnsemble(eqx.Module):
     def returns(
         self, observation: Observation, action: Action, noise: Scalar
     ) -> Float[Array, " members"]:
-        """Where the flow of each member carries `noise`: a sample of the return, of normal
-        noise."""
+        """The point to which the flow of each member carries `noise`. If the noise is normal, it is
+        a sample of the return."""
         x = jnp.full(self.members.layers[0].weight.shape[:1], noise)
         features = encode(self.encoder, observation)  # once for all steps
 
@@ -70,12 +68,13 @@ class ValueFlow(AbstractCriticLearning):
     $$\sum_i \bigl(v_i(t, x_t, o, a) - (y - z)\bigr)^2, \quad x_t = (1 - t) z + t y, \qquad
         y = r + \gamma\, m\, \operatorname{agg}_j \bar Z_j(z' \mid o', a'),$$
 
-    where $\bar Z_j(z')$ is where the target flow carries noise. The velocity that is learned is
-    linear in the target given $x_t$, so samples of the target give the flow of the distributional
-    Bellman operator, a contraction. (Towards its mean instead, as floq does, the flow would
-    forget all spread but that of one step.) The value is the mean return, by Gauss-Hermite
-    quadrature over the noise. Keep returns of order one. An agent whose next value is a number,
-    such as [`fisher_flow.ImplicitQLearning`][], makes a target with the spread of one step.
+    where $\bar Z_j(z')$ is the point to which the target flow carries the noise $z'$. The velocity
+    that is learned is linear in the target given $x_t$, so samples of the target give the flow of
+    the distributional Bellman operator, a contraction. (floq learns towards the mean of the target
+    instead; its flow then keeps only the spread of one step.) The value is the mean return, by
+    Gauss-Hermite quadrature over the noise. Keep returns of order one. An agent whose next value is
+    a number, such as [`fisher_flow.ImplicitQLearning`][], makes a target with the spread of one
+    step.
 
     ??? cite "Reference"
 
@@ -97,60 +96,29 @@ class ValueFlow(AbstractCriticLearning):
         ```
     """
 
-    num_steps: int = eqx.field(static=True)
-    num_nodes: int = eqx.field(static=True)
-    num_members: int = eqx.field(static=True)
-    width_size: int = eqx.field(static=True)
-    depth: int = eqx.field(static=True)
-    aggregate: Callable[[Array], Array] = eqx.field(static=True)
-    encoder: AbstractEncoder | None
-    discount: ScalarLike
-    target_rate: ScalarLike
+    _: dataclasses.KW_ONLY
+    num_steps: int = eqx.field(default=8, static=True)
+    num_nodes: int = eqx.field(default=4, static=True)
+    num_members: int = eqx.field(default=2, static=True)
+    width_size: int = eqx.field(default=512, static=True)
+    depth: int = eqx.field(default=4, static=True)
+    aggregate: Callable[[Array], Array] = eqx.field(default=jnp.mean, static=True)
+    encoder: AbstractEncoder | None = None
+    discount: ScalarLike = 0.99
+    target_rate: ScalarLike = 0.005
 
-    def __init__(
-        self,
-        *,
-        num_steps: int = 8,
-        num_nodes: int = 4,
-        num_members: int = 2,
-        width_size: int = 512,
-        depth: int = 4,
-        aggregate: Callable[[Array], Array] = jnp.mean,
-        encoder: AbstractEncoder | None = None,
-        discount: ScalarLike = 0.99,
-        target_rate: ScalarLike = 0.005,
-    ):
-        r"""**Arguments:**
-
-        - `num_steps`: the number of Euler steps from noise to a return.
-        - `num_nodes`: the number of nodes of the quadrature over the noise.
-        - the others: as of [`fisher_flow.TemporalDifference`][].
-        """
-        check_positive_integer("num_steps", num_steps, 8)
-        check_positive_integer("num_nodes", num_nodes, 4)
-        self.num_steps = num_steps
-        self.num_nodes = num_nodes
-        check_positive_integer("num_members", num_members, 2)
-        check_positive_integer("width_size", width_size, 512)
-        check_positive_integer("depth", depth, 4)
-        check_discount(discount)
-        check_aggregate(aggregate)
-        check_at_least("target_rate", target_rate, 0, 0.005, maximum=1)
-        self.num_members = num_members
-        self.width_size = width_size
-        self.depth = depth
-        self.aggregate = aggregate
-        self.encoder = encoder
-        self.discount = discount
-        self.target_rate = target_rate
+    def __check_init__(self):
+        check_positive_integer("num_steps", self.num_steps, 8)
+        check_positive_integer("num_nodes", self.num_nodes, 4)
+        check_members(self)
 
     def init(self, observation: Observation, action: Action, *, key: PRNGKeyArray) -> FlowEnsemble:
         example = "ValueFlow(encoder=fisher_flow.ImpalaEncoder())"
         network, size, key = make_encoder(self.encoder, observation, action.dtype, key, example)
-        size += action.size + 2
-        members = eqx.filter_vmap(
-            lambda key: QNetwork(size, self.width_size, self.depth, action.dtype, key)
-        )(jr.split(key, self.num_members))
+        size += action.size + 2  # for the point and the time
+        members = make_members(
+            self.num_members, size, self.width_size, self.depth, action.dtype, key
+        )
         return FlowEnsemble(members, network, self.aggregate, self.num_steps, self.num_nodes)
 
     def next_values(
@@ -163,7 +131,7 @@ class ValueFlow(AbstractCriticLearning):
     ) -> Float[Array, " batch"]:
         next_a = jnp.asarray(next_actions)
         z = jr.normal(key, next_a.shape[:1], next_a.dtype)
-        # The members share the noise: their mean is one of quantiles, and loses no spread.
+        # The members share the noise, so that their mean, a mean of quantiles, loses no spread.
         sample = lambda o, a, z: target_critic.aggregate(target_critic.returns(o, a, z))
         return jax.vmap(sample)(next_observations, next_a, z)
 
@@ -185,9 +153,17 @@ class ValueFlow(AbstractCriticLearning):
         a = jnp.asarray(actions)
         v = jax.vmap(critic.velocities)(observations, a, x, t)
         loss = jnp.mean(jnp.sum((v - (y - z)) ** 2, axis=1))
-        # At time 0 the point says nothing of the return, and one step leads to its mean.
+        # At time 0 the point says nothing of the return, and the velocity leads to its mean.
         zero = jnp.zeros((), targets.dtype)
         means = jax.vmap(lambda o, a: critic.velocities(o, a, jnp.zeros_like(z[0]), zero))(
             observations, a
         )
         return loss, {"critic_loss": loss, "q_mean": jnp.mean(means), "q_max": jnp.max(means)}
+
+
+ValueFlow.__init__.__doc__ = r"""**Arguments:**
+
+- `num_steps`: the number of Euler steps from noise to a return.
+- `num_nodes`: the number of nodes of the quadrature over the noise.
+- the others: as in [`fisher_flow.TemporalDifference`][].
+"""

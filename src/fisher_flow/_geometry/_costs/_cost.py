@@ -51,13 +51,26 @@ class AbstractCost(eqx.Module):
     def mean_eigenvalue(
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> Scalar:
-        """Twice the cost of a displacement of length one that is the same at every action, averaged
-        over its direction. A damping is measured in this unit.
+        """Twice the cost of a displacement of `squared_length` one, the same at every action,
+        averaged over its direction. A damping is measured in this unit.
 
         **Arguments:**
 
         - `policy`, `observation`, `action`, `key`: as for `cost`.
         """
+
+    def squared_length(self, displacement: Action) -> Scalar:
+        """The squared length of a displacement, in the coordinates of the score: those of a
+        [`fisher_flow.CalibratedScore`][] give the actions covariance one.
+
+        **Arguments:**
+
+        - `displacement`: the displacement of one action.
+        """
+        δ = displacement.reshape(-1)
+        if self.score is not None and self.score.whitening is not None:
+            δ = self.score.whitening.whiten(δ)
+        return jnp.sum(δ**2)
 
 
 class AbstractMetric(AbstractCost):

@@ -50,7 +50,11 @@ class FisherRao(AbstractCost):
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> Scalar:
         del key  # a displacement that is the same at every action has no divergence
-        return jnp.mean(self.score(policy, observation, action) ** 2)
+        s = self.score(policy, observation, action).reshape(-1)
+        whitening = self.score.whitening
+        if whitening is None:
+            return jnp.mean(s**2)
+        return jnp.sum(whitening.whiten_gradient(s) ** 2) / whitening.rank
 
     def cost(
         self,

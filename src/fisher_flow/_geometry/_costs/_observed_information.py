@@ -8,7 +8,14 @@ from jaxtyping import PRNGKeyArray, ScalarLike
 
 from ..._checks import check_at_least, check_instance, check_positive_integer
 from ..._custom_types import Action, Observation
-from ..._linalg import dense_limit, KrylovPositivePart, smooth_positive_part, value_and_jacobian
+from ..._linalg import (
+    dense_limit,
+    KrylovPositivePart,
+    smooth_positive_part,
+    value_and_jacobian,
+    WhitenedOperator,
+    Whitening,
+)
 from .._score import AbstractScore, PerturbedScore
 from ._cost import AbstractMetric
 
@@ -29,6 +36,9 @@ class ObservedInformation(AbstractMetric):
 
     Between modes the density curves the other way. There the positive part prices the direction
     at nearly nothing, so a step must be damped, as [`fisher_flow.NaturalStep`][] does.
+
+    The positive part is taken, and the damping added, in the coordinates of the score: those of a
+    [`fisher_flow.CalibratedScore`][] give the actions covariance one.
     """
 
     score: AbstractScore = PerturbedScore()
@@ -45,27 +55,36 @@ class ObservedInformation(AbstractMetric):
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> lx.AbstractLinearOperator:
         del key
-        score = lambda a: self.score(policy, observation, a)
+        whitening = self.score.whitening
+        if whitening is None:
+            whitening = Whitening.identity(action)
+
+        def score(z):
+            moved = action + whitening.colour(z).reshape(action.shape)
+            return whitening.whiten_gradient(self.score(policy, observation, moved).reshape(-1))
 
         def squared_width(s, mean_squared_curvature):
-            information = mean_squared_curvature + (jnp.sum(s**2) / s.size) ** 2
+            information = mean_squared_curvature + (jnp.sum(s**2) / whitening.rank) ** 2
             return jnp.asarray(self.smoothing, s.dtype) ** 2 * information
 
+        zero = jnp.zeros(action.size, action.dtype)
         if self.rank is None and action.size <= dense_limit:
-            s, J = value_and_jacobian(score, action)
+            s, J = value_and_jacobian(score, zero)
             # A learned velocity is not exactly a gradient field, so neither is its score.
             curvature = -0.5 * (J + J.T)
-            width = squared_width(s, jnp.sum(curvature**2) / s.size)
+            width = squared_width(s, jnp.sum(curvature**2) / whitening.rank)
             G = smooth_positive_part(curvature, width)
-            return lx.MatrixLinearOperator(G, lx.positive_semidefinite_tag)
+            operator = lx.MatrixLinearOperator(G, lx.positive_semidefinite_tag)
+            return WhitenedOperator(operator, whitening)
 
-        s, push = jax.linearize(score, action)
-        return KrylovPositivePart(
-            lambda z: -push(z.reshape(action.shape)).reshape(-1),
+        s, push = jax.linearize(score, zero)
+        operator = KrylovPositivePart(
+            lambda z: -push(z),
             lambda mean_squared_curvature: squared_width(s, mean_squared_curvature),
             4 if self.rank is None else min(self.rank, action.size),
             jax.ShapeDtypeStruct((action.size,), action.dtype),
         )
+        return WhitenedOperator(operator, whitening)
 
 
 ObservedInformation.__init__.__doc__ = r"""**Arguments:**

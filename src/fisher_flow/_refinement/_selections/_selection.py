@@ -72,4 +72,9 @@ class AbstractSelection(AbstractPolicy):
 def flow_underneath(policy: AbstractPolicy) -> FlowPolicy | None:
     """The flow that a policy comes from through maps and a choice, if there is one."""
     chosen_from = policy.policy if isinstance(policy, AbstractSelection) else policy
-    return chosen_from.flow_policy if isinstance(chosen_from, AbstractFlowPolicy) else None
+    if not isinstance(chosen_from, AbstractFlowPolicy):
+        return None
+    flow = chosen_from.flow_policy
+    while not isinstance(flow, FlowPolicy):  # a steered flow: the one that it steers
+        flow = flow.policy.flow_policy
+    return flow

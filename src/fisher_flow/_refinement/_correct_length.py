@@ -1,0 +1,57 @@
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
+
+from ._method import Reached
+from ._refined_policy import RefinedPolicy
+from ._witness import is_normalised, is_vague, witnesses
+
+
+# A sampler whose KL is larger than that of its flow by more than this factor is not the flow.
+MOST_APART = 1.3
+
+
+def correct_length(
+    refined: RefinedPolicy, observations: PyTree[Any], num_witnesses: int, *, key: PRNGKeyArray
+) -> RefinedPolicy:
+    """Makes the displacement of a refined policy shorter or longer until the KL by densities meets
+    the radius.
+
+    The length was settled by scores, which are read off a learned velocity and are not quite those
+    of its flow. Densities are. The larger of two KLs meets the radius: that of the flow, and that of
+    what the steps of its sampler make, unless these are another policy altogether. Nothing is done inside `jax.jit`, after other maps, and where the
+    densities are not known well.
+    """
+    method, reached = refined.method, refined.reached
+    leaves = jax.tree.leaves(eqx.filter((refined, observations), eqx.is_array))
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if traced or reached is None or refined.policy is not refined.flow_policy:
+        return refined
+    radius = float(method.radius)
+    for _ in range(2):
+        if not 0 < float(reached.kl):
+            return refined
+        by_density, by_steps = witnesses(refined, observations, num_witnesses, key=key)
+        follows = bool(by_steps.kl < MOST_APART * by_density.kl)
+        witness = by_steps if follows and by_steps.kl > by_density.kl else by_density
+        unknown = jnp.isnan(witness.kl) or float(witness.unknown) > 0.02
+        if unknown or is_vague(witness) or not is_normalised(witness):
+            return refined
+        kl = float(witness.kl)
+        # Folds may forbid more; and a map that folds little may fold much when it is longer.
+        longest = 1.0 if bool(reached.limited) else 1.1
+        factor = min((radius / kl) ** 0.5, longest)
+        if abs(factor - 1) < 0.01:
+            return refined
+        reached = Reached(jnp.asarray(kl * factor**2, reached.kl.dtype), reached.limited)
+        scale = factor * refined.displacement_field.scale
+        refined = eqx.tree_at(_scale_and_reached, refined, (scale, reached))
+    return refined
+
+
+def _scale_and_reached(refined: RefinedPolicy) -> tuple[Any, Any]:
+    return refined.displacement_field.scale, refined.reached

@@ -1,0 +1,40 @@
+"""Confidence limits."""
+
+import jax.numpy as jnp
+import jax.scipy.special
+from jax.scipy.stats import norm
+
+
+def normal_quantile(level: float) -> float:
+    """The one-sided quantile of the normal distribution."""
+    return float(norm.ppf(level))
+
+
+def binomial_limit(count: int, num: int, level: float) -> float:
+    """The upper confidence limit of a share of which `count` in `num` were seen, exact for
+    independent draws.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @article{clopper1934use,
+            title={The use of confidence or fiducial limits illustrated in the case of the
+                   binomial},
+            author={Clopper, C. J. and Pearson, E. S.},
+            journal={Biometrika},
+            volume={26},
+            year={1934},
+        }
+        ```
+    """
+    if count >= num:
+        return 1.0
+    low, high = count / num, 1.0
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        # The chance of no more than `count`, I_{1-p}(n - k, k + 1).
+        tail = jax.scipy.special.betainc(
+            jnp.asarray(num - count, float), jnp.asarray(count + 1, float), 1 - middle
+        )
+        low, high = (middle, high) if float(tail) > 1 - level else (low, middle)
+    return high

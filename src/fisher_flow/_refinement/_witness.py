@@ -1,0 +1,277 @@
+"""An independent estimate of a KL, from densities instead of scores."""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from .._flows import AbstractFlowPolicy, FlowPolicy
+from .._geometry import (
+    continuous_flow,
+    executed_draw,
+    executed_log_prob,
+    has_executed_steps,
+    mean_log_ratio,
+    with_flow,
+)
+from .._linalg import value_and_jacobian
+from ._method import draw_from_flow
+from ._refined_policy import RefinedPolicy
+
+
+LogRatios: TypeAlias = tuple[Float[Array, " actions"], Float[Array, " actions"]]
+
+# `by_scores(observation, key)`: the KL at the action that is drawn with this key, by scores.
+ByScores: TypeAlias = Callable[[Any, Any], Scalar]
+
+# Densities of larger actions take a product for every entry and every step.
+largest_size = 64
+
+# The standard error to reach, as a share of the KL.
+RELATIVE_ERROR = 0.025
+
+# Two estimates of a KL that differ by more than this share of it, beyond chance, disagree.
+LARGEST_DIFFERENCE = 0.06
+
+# Scores that are off by more than this share of the KL are not corrected but doubted.
+MOST_CORRECTED = 0.3
+
+# The share of actions whose density may be unknown, besides those at which a map folds.
+MOST_UNKNOWN = 0.01
+
+
+class Witness(eqx.Module):
+    """A KL that was measured by densities, on actions of its own."""
+
+    kl: Scalar
+    """Nats; NaN if it was not measured."""
+
+    kl_stderr: Scalar
+    """Its standard error."""
+
+    difference: Scalar
+    """How much larger it is than the estimate by scores on the same actions, if there is one."""
+
+    difference_stderr: Scalar
+    """Its standard error."""
+
+    unknown: Scalar
+    """The share of actions at which one of the two densities is not known: no noise was found from
+    which the base would draw the action, or a map folds there."""
+
+    normalisation: Scalar
+    """The mean of the inverse ratio of the two densities. It is 1 if both are right."""
+
+    normalisation_stderr: Scalar
+    """Its standard error."""
+
+
+def absent_witness(dtype: Any) -> Witness:
+    return Witness(*(jnp.asarray(jnp.nan, dtype) for _ in range(7)))
+
+
+def summarise(log_ratios: Float[Array, " actions"], by_scores: Float[Array, " actions"]) -> Witness:
+    """The KL from the log-ratios of single actions, and from what scores say of the same."""
+    kl, stderr = mean_log_ratio(log_ratios)
+    difference, difference_stderr = mean_log_ratio(log_ratios, minus=by_scores)
+    known = jnp.isfinite(log_ratios)
+    inverse = jnp.where(known, jnp.exp(-jnp.where(known, log_ratios, 0)), 0)
+    count = jnp.maximum(jnp.sum(known, dtype=log_ratios.dtype), 2)
+    mean = jnp.sum(inverse) / count
+    variance = jnp.sum(jnp.where(known, (inverse - mean) ** 2, 0)) / (count - 1)
+    return Witness(
+        kl=kl,
+        kl_stderr=stderr,
+        difference=difference,
+        difference_stderr=difference_stderr,
+        unknown=1 - jnp.mean(known, dtype=log_ratios.dtype),
+        normalisation=mean,
+        normalisation_stderr=jnp.sqrt(variance / count),
+    )
+
+
+@eqx.filter_jit
+def in_continuous_time_log_ratios(
+    policy: AbstractFlowPolicy,
+    base: AbstractFlowPolicy,
+    observations: PyTree[Any],
+    keys: PRNGKeyArray,
+    by_scores: ByScores,
+) -> LogRatios:
+    r"""$\log q(a) - \log p(a)$ at actions of a policy $q$, by the densities of two policies in
+    continuous time; and the estimate by scores there. The first uses no score.
+    """
+
+    def one(row):
+        o, key = row
+        action, log_q = policy.draw_and_log_prob(o, key=key)
+        log_p: Array = base.log_prob(o, action)
+        return log_q - log_p, by_scores(o, key)
+
+    return lax.map(one, (observations, keys), batch_size=64)
+
+
+@eqx.filter_jit
+def executed_log_ratios(
+    policy: AbstractFlowPolicy,
+    base: AbstractFlowPolicy,
+    observations: PyTree[Any],
+    keys: PRNGKeyArray,
+    by_scores: ByScores,
+) -> LogRatios:
+    r"""The same for the samplers that act: the density of what the steps of the flow of each policy
+    make, one by one, followed by its transport maps.
+    """
+
+    def one(row):
+        o, key = row
+        flow, base_flow = policy.flow_policy, base.flow_policy
+        b, log_p, points = executed_draw(flow, flow.given(o), flow.noise(o, key=key))
+        action, log_det = _mapped(policy, o, b)
+        c = base.to_flow(o, action)
+        _, base_log_det = _mapped(base, o, c)
+        base_log_p = executed_log_prob(base_flow, base_flow.given(o), c, points)
+        return log_p - log_det - (base_log_p - base_log_det), by_scores(o, key)
+
+    return lax.map(one, (observations, keys), batch_size=64)
+
+
+def _mapped(policy, observation, action) -> tuple[Array, Scalar]:
+    """Where the transport maps of a policy carry an action of its flow, and their log-determinant;
+    NaN where they fold."""
+    if isinstance(policy, FlowPolicy):
+        return action, jnp.zeros((), action.dtype)
+    moved, J = value_and_jacobian(lambda b: policy.from_flow(observation, b), action)
+    sign, log_det = jnp.linalg.slogdet(J)
+    return moved, jnp.where(sign > 0, log_det, jnp.nan)
+
+
+def witness(
+    log_ratios: Callable[..., LogRatios],
+    policy: AbstractFlowPolicy,
+    base: AbstractFlowPolicy,
+    observations: PyTree[Any],
+    by_scores: ByScores,
+    *,
+    num_actions: int,
+    key: PRNGKeyArray,
+) -> Witness:
+    """Measures a KL by one of the two functions above, on as many actions as it takes.
+
+    **Arguments:**
+
+    - `log_ratios`: one of the two functions above.
+    - `policy`, `base`: the two policies.
+    - `observations`: a batch of observations.
+    - `by_scores`: the estimate by scores to compare with.
+    - `num_actions`: the number of actions to begin with; at most eight times as many are used.
+    - `key`: a `jax.random.key`.
+    """
+    length = jnp.shape(jax.tree.leaves(observations)[0])[0]
+    parts: list[LogRatios] = []
+    for i in range(8):  # in chunks of one size, so that there is one compilation
+        rows = (i * num_actions + jnp.arange(num_actions)) % length
+        o = jax.tree.map(lambda leaf, rows=rows: leaf[rows], observations)
+        keys = jr.split(jr.fold_in(key, i), num_actions)
+        parts.append(log_ratios(policy, base, o, keys, by_scores))
+        result = summarise(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
+        stderr = jnp.where(jnp.isnan(result.difference), result.kl_stderr, result.difference_stderr)
+        if stderr <= RELATIVE_ERROR * jnp.abs(result.kl):
+            break
+    return result
+
+
+def witnesses(
+    refined: RefinedPolicy,
+    observations: PyTree[Any],
+    num_witnesses: int,
+    *,
+    key: PRNGKeyArray,
+) -> tuple[Witness, Witness]:
+    """The KL of a refined policy by densities: of the flow in continuous time, and of its steps."""
+    policy, measure = refined.policy, refined.method.measure
+    flow = refined.flow_policy
+    observation = jax.tree.map(lambda leaf: leaf[0], observations)
+    action = eqx.filter_eval_shape(lambda o: policy.draw(o, key=key), observation)
+    absent = absent_witness(action.dtype)
+    possible = isinstance(flow, FlowPolicy) and action.size <= largest_size
+    if num_witnesses == 0 or not possible:
+        return absent, absent
+    # In a chain that holds the KL from the flow, that is the one to compare with.
+    base = flow if measure.whole_chain else policy
+    density_key, steps_key = jr.split(jr.fold_in(key, 1))
+    by_steps = absent
+    executed = has_executed_density(refined, base)
+    exact = continuous_flow(flow, action.dtype)
+    arguments = dict(observations=observations, num_actions=num_witnesses)
+    if executed:
+        by_steps = witness(
+            executed_log_ratios,
+            refined,
+            base,
+            by_scores=_ByScores(refined),
+            key=steps_key,
+            **arguments,
+        )
+    by_density = witness(
+        in_continuous_time_log_ratios,
+        with_flow(refined, exact),
+        with_flow(base, exact),
+        by_scores=_ByScores(with_flow(refined, exact)),
+        key=density_key,
+        **arguments,
+    )
+    return by_density, by_steps
+
+
+class _ByScores(eqx.Module):
+    """What one action contributes to the KL of a refined policy, by scores."""
+
+    refined: RefinedPolicy
+
+    def __call__(self, observation: Any, key: PRNGKeyArray) -> Scalar:
+        policy, measure = self.refined.policy, self.refined.method.measure
+        a, b = draw_from_flow(policy, observation, key)
+        field = lambda a: self.refined.displacement(observation, a)
+        δ, J = measure.linearise(policy, field, a)
+        return measure.terms(policy, observation, a, δ, J, b).kl
+
+
+def has_executed_density(policy: AbstractFlowPolicy, base: AbstractFlowPolicy) -> bool:
+    """Whether the steps of both samplers are maps that can be written down one by one."""
+    flows = policy.flow_policy, base.flow_policy
+    if not all(isinstance(flow, FlowPolicy) and has_executed_steps(flow) for flow in flows):
+        return False
+    return flows[0].num_steps == flows[1].num_steps
+
+
+def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
+    """Whether a witness disagrees with the estimate by scores by more than a share of the KL,
+    beyond chance."""
+    allowed = share * abs(float(witness.kl)) + 2 * float(witness.difference_stderr)
+    return not abs(float(witness.difference)) <= allowed
+
+
+def is_normalised(witness: Witness) -> bool:
+    """Whether the mean of the inverse ratio is 1, but for chance. Where the policies are far apart
+    that mean is made by actions which are rarely drawn, and tells nothing."""
+    off = abs(float(witness.normalisation) - 1) - 4 * float(witness.normalisation_stderr)
+    return float(witness.kl) > 1 or off <= LARGEST_DIFFERENCE
+
+
+def are_apart(one: Witness, other: Witness) -> bool:
+    """Whether two witnesses, if both are there, disagree beyond chance."""
+    larger = max(abs(float(one.kl)), abs(float(other.kl)))
+    error = math.hypot(float(one.kl_stderr), float(other.kl_stderr))
+    return abs(float(one.kl - other.kl)) > LARGEST_DIFFERENCE * larger + 2 * error
+
+
+def is_vague(witness: Witness) -> bool:
+    """Whether the error of a witness leaves room for more than it should."""
+    return not float(witness.difference_stderr) <= 2 * RELATIVE_ERROR * abs(float(witness.kl))
