@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import fisher_flow as ff
+from fisher_flow._geometry import unsettled_score
 
 
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
@@ -39,12 +40,11 @@ class UserPath(ff.AbstractAffineGaussianPath):
 paths = [ff.LinearPath(), ff.CosinePath(), ff.VariancePreservingPath(), UserPath()]
 every_path = pytest.mark.parametrize("path", paths, ids=lambda path: type(path).__name__)
 
-_errors = jnp.ones((2, 1))
 scores = [
     ff.PaperScore(time=0.9),
     ff.PerturbedScore(time=0.9, order=1),
     ff.PerturbedScore(time=0.9, order=2),
-    ff.CalibratedScore(jnp.asarray(0.9), 2, _errors[0, 0], jnp.full(1, 0.9), _errors, _errors),
+    unsettled_score(jnp.zeros(2), jnp.float32),  # of actions with two entries
 ]
 
 # Every cost of a displacement, as a function of the estimate of the score.
@@ -62,7 +62,10 @@ costs = {
 predictions = [ff.NoisePrediction, ff.DataPrediction, ff.VPrediction, ff.ScorePrediction]
 
 # Every choice among several actions, as a function of a policy, a critic and their number.
-selections = {"BestOf": ff.BestOf, "Resample": lambda p, critic, n: ff.Resample(p, critic, 0.5, n)}
+selections = {
+    "BestOf": ff.BestOf,
+    "Resample": lambda policy, critic, n: ff.Resample(policy, critic, 0.5, n),
+}
 
 # Every way to refine, as a function of the radius.
 refinements = {

@@ -7,8 +7,8 @@ from .._custom_types import Observation
 
 
 def given(network: Any, observation: Observation) -> Callable[[Any, Any], Any]:
-    """`network(t, x, observation)` as a function of `t` and `x`: what its method `given` returns, if
-    it has one."""
+    """`network(t, x, observation)` as a function of `t` and `x`: what its method `given` returns,
+    if it has one."""
     if callable(getattr(network, "given", None)):
         return network.given(observation)
     return lambda t, x: network(t, x, observation)

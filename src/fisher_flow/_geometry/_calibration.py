@@ -87,9 +87,12 @@ class CalibratedScore(AbstractScore):
         velocity: Callable[[Scalar, Action], Action],
         action: Action,
     ) -> Action:
+        times, groups, whitening = jax.tree.map(
+            lambda leaf: leaf.astype(action.dtype), (self.times, self.groups, self.whitening)
+        )
+
         def score_of_order(order):
-            times = self.times.astype(action.dtype)
-            return grouped_score(path, velocity, action, times, order, self.groups, self.whitening)
+            return grouped_score(path, velocity, action, times, order, groups, whitening)
 
         if isinstance(self.order, int):
             return score_of_order(self.order)
@@ -268,7 +271,12 @@ def _groups(whitening: Whitening) -> Float[Array, "groups size"]:
     return jnp.asarray(np.stack(groups), deviations.dtype)
 
 
-def _times(path: AbstractAffineGaussianPath, whitening, groups, ratio: Scalar) -> Array:
+def _times(
+    path: AbstractAffineGaussianPath,
+    whitening: Whitening,
+    groups: Float[Array, "groups size"],
+    ratio: Scalar,
+) -> Float[Array, " groups"]:
     """The time of each group at which the noise has a given share of its deviation."""
     log_deviation = jnp.log(jnp.where(whitening.varies, whitening.deviations, 1))
     count = jnp.maximum(jnp.sum(groups, axis=1), 1)
@@ -365,7 +373,7 @@ def _choice(
     """
     known = jnp.where(jnp.isfinite(criterion), criterion, jnp.inf)
     best = jnp.unravel_index(jnp.argmin(known), known.shape)
-    excess = losses - losses[best]
+    excess = losses - losses[best][None, None]
     stderr = jnp.std(excess, axis=2) / losses.shape[2] ** 0.5
     good = jnp.isfinite(known) & (jnp.mean(excess, axis=2) <= 2 * stderr)
     order = jnp.where(jnp.any(good[1]), 1, 0)

@@ -58,7 +58,7 @@ def continuous_flow(flow: FlowPolicy, dtype: Any) -> FlowPolicy:
         path=flow.path,
         solver=diffrax.Tsit5(),
         num_steps=flow.num_steps,
-        stepsize_controller=diffrax.PIDController(rtol=10 * tol, atol=0.1 * tol),
+        stepsize_controller=diffrax.PIDController(rtol=tol, atol=0.1 * tol),
         adjoint=flow.adjoint,
         max_steps=flow.max_steps,
         bounds=flow.bounds,

@@ -296,9 +296,9 @@ class DensityLogRatio(AbstractLogRatio):
         *,
         key: PRNGKeyArray | None = None,
     ) -> SteeredAction:
-        del observation
         noise = as_inexact(noise)
         probes = _probes(self.num_probes, noise, key)
+        unsteered = flow.given(observation)
         controller = self.stepsize_controller
         if controller is None:
             tol = 1e-7 if noise.dtype == jnp.float64 else 1e-5
@@ -317,7 +317,7 @@ class DensityLogRatio(AbstractLogRatio):
 
         zero = jnp.zeros((), noise.dtype)
         action, volume = density(lambda t, x: sum(steered(t, x)), (noise, zero), 1)
-        origin, minus_volume = density(lambda t, x: steered(t, x)[0], (action, zero), -1)
+        origin, minus_volume = density(unsteered, (action, zero), -1)
         log_ratio = _log_normal(noise) - volume - (_log_normal(origin) + minus_volume)
         return SteeredAction(action, log_ratio)
 
@@ -366,14 +366,13 @@ class ExecutedLogRatio(AbstractLogRatio):
         *,
         key: PRNGKeyArray | None = None,
     ) -> SteeredAction:
-        del observation, key
+        del key
         check_steps(flow)
         noise = as_inexact(noise)
         steered_velocity = lambda t, x: sum(steered(t, x), jnp.zeros_like(x))
         action, log_q, points = executed_draw(flow, steered_velocity, noise)
-        log_p = executed_log_prob(
-            flow, lambda t, x: steered(t, x)[0], action, points, max_steps=self.max_steps
-        )
+        velocity = flow.given(observation)
+        log_p = executed_log_prob(flow, velocity, action, points, max_steps=self.max_steps)
         return SteeredAction(action, log_q - log_p)
 
 
@@ -435,16 +434,15 @@ def executed_log_prob(
     def backward(carry, row):
         y, log_det = carry
         ends, guess, arrived = row
-        x = _inverse_step(
+        x, J = _inverse_step(
             lambda x: _step(flow, frozen, ends, x),
             lax.stop_gradient(y),
             lax.stop_gradient(guess + y - arrived),
             max_steps,
         )
         # One more Newton step: it has the derivatives of the inverse, which the search has not.
-        moved, J = value_and_jacobian(lambda x: _step(flow, velocity, ends, x), x)
-        shift: Array = jnp.linalg.solve(lax.stop_gradient(J), (moved - y).reshape(-1))
-        x = x - shift.reshape(x.shape)
+        residual = _step(flow, velocity, ends, x) - y
+        x = x - jnp.linalg.solve(J, residual.reshape(-1)).reshape(x.shape)
         _, J = value_and_jacobian(lambda x: _step(flow, velocity, ends, x), x)
         return (x, log_det + _log_det(J)), None
 
@@ -511,8 +509,8 @@ def mean_log_ratio(
     r = jnp.where(known, r, 0)
     c = jnp.expm1(-r) if controls is None else jnp.where(known, controls, 0)
     # A ratio that overflows tells nothing about the mean.
-    c = jnp.where(jnp.isfinite(c), c, 0)
-    mean = lambda x: jnp.sum(jnp.where(known, x, 0)) / count
+    c: Array = jnp.where(jnp.isfinite(c), c, jnp.zeros_like(c))
+    mean = lambda x: jnp.sum(x * known.astype(x.dtype)) / count
     centred = c - mean(c)
     variance = mean(centred**2)
     if minus is not None:
@@ -544,54 +542,58 @@ def _log_normal(x) -> Scalar:
 
 def _log_det(J) -> Scalar:
     sign, log_det = jnp.linalg.slogdet(J)
-    known: Array = jnp.where(sign > 0, log_det, jnp.nan)
-    return known
+    return log_det + jnp.where(sign > 0, 0, jnp.nan)
 
 
-def _step(flow, velocity, ends, x) -> Action:
-    """The point to which one step of the solver carries `x`."""
-    (t0, t1), solver = ends, flow.solver
-    if hasattr(solver, "scan_kind"):
-        # The loop over its stages, so that both modes of differentiation pass.
-        solver = eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=lambda x: x is None)
-    terms = diffrax.ODETerm(lambda t, x, args: velocity(t, x))
-    state = solver.init(terms, t0, t1, x, None)
-    y, *_ = solver.step(terms, t0, t1, x, None, state, made_jump=jnp.asarray(False))
-    return y
+def _step(flow, field, ends, x) -> Action:
+    """One step of an explicit method, stage by stage: the loop that Diffrax makes of them cannot
+    be differentiated in both modes."""
+    t0, t1 = ends
+    h = t1 - t0
+    if isinstance(flow.solver, diffrax.Euler):
+        return x + h * field(t0, x)
+    tableau = flow.solver.tableau
+
+    def moved(coefficients):
+        increments = [float(c) * k for c, k in zip(coefficients, slopes, strict=True) if c != 0]
+        return x + h * sum(increments)
+
+    slopes = [field(t0, x)]
+    for c, row in zip(tableau.c, tableau.a_lower, strict=True):
+        slopes.append(field(t0 + float(c) * h, moved(row)))
+    return moved(tableau.b_sol)
 
 
-def _inverse_step(step, target, guess, max_steps) -> Action:
-    """The point that one step carries to `target`, by Newton's method with halved steps where it
-    would not come closer; NaN if it is not found."""
+def _inverse_step(step, target, guess, max_steps) -> tuple[Action, Array]:
+    """The point that one step carries to `target`, and the Jacobian of the step there: by Newton's
+    method, with halved steps where it would not come closer; NaN if it is not found."""
     ε = jnp.finfo(target.dtype).eps
     tol = 64 * ε * (1 + jnp.max(jnp.abs(target)))
     size = lambda residual: jnp.max(jnp.abs(residual))
 
-    def newton(x):
+    def linearised(x):
         moved, J = value_and_jacobian(step, x)
-        residual = moved - target
-        return residual, jnp.linalg.solve(J, residual.reshape(-1)).reshape(x.shape)
+        return moved - target, J
 
     def unfinished(state):
         i, _, residual, _, length = state
         return (i < max_steps) & (size(residual) > tol) & (length > 1e-4)
 
     def body(state):
-        i, x, residual, direction, length = state
-        y = x - length * direction
-        new_residual, new_direction = newton(y)
+        i, x, residual, J, length = state
+        y = x - length * jnp.linalg.solve(J, residual.reshape(-1)).reshape(x.shape)
+        new_residual, new_J = linearised(y)
         closer = size(new_residual) < size(residual)  # False if it is not a number
-        keep = lambda new, old: jnp.where(closer, new, old)
         return (
             i + 1,
-            keep(y, x),
-            keep(new_residual, residual),
-            keep(new_direction, direction),
+            jnp.where(closer, y, x),
+            jnp.where(closer, new_residual, residual),
+            jnp.where(closer, new_J, J),
             jnp.where(closer, jnp.minimum(2 * length, 1), 0.5 * length),
         )
 
     one = jnp.ones((), target.dtype)
-    state = (jnp.asarray(0), guess, *newton(guess), one)
-    _, x, residual, _, _ = lax.while_loop(unfinished, body, state)
+    state = (jnp.asarray(0), guess, *linearised(guess), one)
+    _, x, residual, J, _ = lax.while_loop(unfinished, body, state)
     # Rounding may keep the last steps above the tolerance.
-    return jnp.where(size(residual) <= 1e3 * tol, x, jnp.nan)
+    return x + jnp.where(size(residual) <= 1e3 * tol, 0, jnp.nan), J

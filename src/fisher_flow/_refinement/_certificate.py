@@ -184,12 +184,14 @@ class Certificate(eqx.Module):
             ("gain in Q", f"{self.improvement:.4g} ± {self.improvement_stderr:.2g}"),
             ("KL from the flow, in all", f"{self.total_kl:.4g} ± {self.total_kl_stderr:.2g}"),
             ("gain over the flow, in all", total_gain),
-            ("folded", f"{100 * self.folded:.2f} %, at most {100 * self.folded_upper:.2f} %"),
-            ("score", _describe(self.score)),
+            ("folded", _share(self.folded, self.folded_upper)),
+            ("score", "nan" if jnp.isnan(self.kl_by_score) else _describe(self.score)),
             ("Stein residual", f"{self.stein:.2g} ± {self.stein_stderr:.2g}"),
             ("not finite, left in place", f"{100 * self.non_finite:.2f} %"),
             ("actions, observations", f"{self.num_actions}, {self.num_observations}"),
         ]
+        # What was not measured, as by scores for a steered flow, is left out.
+        rows = [(name, value) for name, value in rows if not value.startswith("nan")]
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
         return f"{table}\n{self.verdict.name}: {self.verdict.value}"
@@ -242,8 +244,14 @@ def _measured(witness: Witness) -> str:
     return "-" if jnp.isnan(witness.kl) else f"{witness.kl:.4g} ± {witness.kl_stderr:.2g}"
 
 
+def _share(share, upper) -> str:
+    if jnp.isnan(upper):  # there is no map that could fold
+        return "nan"
+    return f"{100 * share:.2f} %, at most {100 * upper:.2f} %"
+
+
 def _ratio(kl, stderr, radius) -> str:
-    return f"{kl / radius:.3f} ± {stderr / radius:.2g}" if radius > 0 else "-"
+    return f"{kl / radius:.3f} ± {stderr / radius:.2g}" if radius > 0 else "nan"
 
 
 def _describe(score: AbstractScore) -> str:

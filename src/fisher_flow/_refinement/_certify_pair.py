@@ -40,11 +40,12 @@ from ._witness import (
 )
 
 
-def certify_pair(policy, base, critic, observations, settings, key) -> Certificate:
+def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> Certificate:
     """The certificate of a policy against another one."""
     num_actions, num_witnesses, level = settings
     steered = base is None
-    policy, base = _policy(policy), _policy(policy.policy if steered else base)
+    policy: Any = _policy(given)
+    base = _policy(policy.policy if steered else base)
     if policy.action_shape != base.action_shape:
         raise ValueError(
             f"`base` must draw actions of the shape of `policy`, {policy.action_shape}, but got "

@@ -107,12 +107,17 @@ class SteeredVelocity(eqx.Module):
 
     def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
         pair = self.pair(observation)
-        return lambda t, x: sum(pair(t, x))
+
+        def velocity(t, x):
+            v, Δ = pair(t, x)
+            return v + Δ
+
+        return velocity
 
     def strength_at(self, observation: Observation) -> Array:
-        if callable(self.strength):
-            return self.strength(observation)
-        return jnp.asarray(self.strength)
+        strength: Any = self.strength
+        value: Any = strength(observation) if callable(strength) else jnp.asarray(strength)
+        return value
 
     def pair(self, observation: Observation) -> SteeredPair:
         """The velocity of the flow and what is added to it, at one observation."""
@@ -504,8 +509,9 @@ def _settle(flow, guidance, method, log_ratio, over_rows, keys) -> tuple[Array, 
 
     noises, probe_keys, variances = over_rows(of_row)(keys)
     usable = jnp.isfinite(variances)
+    spread: Any = jnp.where(usable, variances, 0)
     count = jnp.sum(usable, dtype=noises.dtype)
-    variance = jnp.sum(jnp.where(usable, variances, 0)) / jnp.maximum(count, 1)
+    variance = jnp.sum(spread) / jnp.maximum(count, 1)
     radius = jnp.asarray(method.radius, noises.dtype)
 
     def measure(strength):

@@ -9,19 +9,22 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, PyTree, Scalar
 
 from .._flows import AbstractFlowPolicy, FlowPolicy
 from .._geometry import (
+    constant_entries,
+    constants_at,
     continuous_flow,
     executed_draw,
     executed_log_prob,
+    free_constant_entries,
     has_executed_steps,
     mean_log_ratio,
     with_flow,
 )
 from .._linalg import value_and_jacobian
-from ._method import draw_from_flow
+from ._method import AbstractDisplacement, draw_from_flow
 from ._refined_policy import RefinedPolicy
 
 
@@ -101,7 +104,7 @@ def in_continuous_time_log_ratios(
     policy: AbstractFlowPolicy,
     base: AbstractFlowPolicy,
     observations: PyTree[Any],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " actions"],
     by_scores: ByScores,
 ) -> LogRatios:
     r"""$\log q(a) - \log p(a)$ at actions of a policy $q$, by the densities of two policies in
@@ -122,7 +125,7 @@ def executed_log_ratios(
     policy: AbstractFlowPolicy,
     base: AbstractFlowPolicy,
     observations: PyTree[Any],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " actions"],
     by_scores: ByScores,
 ) -> LogRatios:
     r"""The same for the samplers that act: the density of what the steps of the flow of each policy
@@ -149,7 +152,7 @@ def _mapped(policy, observation, action) -> tuple[Array, Scalar]:
         return action, jnp.zeros((), action.dtype)
     moved, J = value_and_jacobian(lambda b: policy.from_flow(observation, b), action)
     sign, log_det = jnp.linalg.slogdet(J)
-    return moved, jnp.where(sign > 0, log_det, jnp.nan)
+    return moved, log_det + jnp.where(sign > 0, 0, jnp.nan)
 
 
 def witness(
@@ -203,6 +206,13 @@ def witnesses(
     possible = isinstance(flow, FlowPolicy) and action.size <= largest_size
     if num_witnesses == 0 or not possible:
         return absent, absent
+    by_scores = _ByScores(refined)
+    fixed = constant_entries(measure.score.whitening, policy.action_shape)
+    if fixed is not None and policy is flow:
+        free = free_constant_entries(flow, fixed)
+        field = _FreedDisplacement(refined, fixed)
+        refined = RefinedPolicy(free, refined.critic, field, refined.method)
+        policy = flow = free
     # In a chain that holds the KL from the flow, that is the one to compare with.
     base = flow if measure.whole_chain else policy
     density_key, steps_key = jr.split(jr.fold_in(key, 1))
@@ -215,7 +225,7 @@ def witnesses(
             executed_log_ratios,
             refined,
             base,
-            by_scores=_ByScores(refined),
+            by_scores=by_scores,
             key=steps_key,
             **arguments,
         )
@@ -223,11 +233,24 @@ def witnesses(
         in_continuous_time_log_ratios,
         with_flow(refined, exact),
         with_flow(base, exact),
-        by_scores=_ByScores(with_flow(refined, exact)),
+        by_scores=by_scores,
         key=density_key,
         **arguments,
     )
     return by_density, by_steps
+
+
+class _FreedDisplacement(AbstractDisplacement):
+    """The displacement of a policy whose constant entries are free."""
+
+    refined: RefinedPolicy
+    is_constant: Bool[Array, "..."]
+
+    def __call__(self, policy: Any, critic: Any, observation: Any, action: Any) -> Any:
+        flow = self.refined.flow_policy
+        constants = constants_at(flow, observation, action)
+        action = jnp.where(self.is_constant, constants, action)
+        return jnp.where(self.is_constant, 0, self.refined.displacement(observation, action))
 
 
 class _ByScores(eqx.Module):
