@@ -15,7 +15,7 @@ from .._geometry import CalibratedScore, in_continuous_time
 from ._certificate import Certificate, Verdict
 from ._certify_pair import certify_pair
 from ._executed_critic import check_critic, critic_value
-from ._limits import binomial_limit, normal_quantile
+from ._limits import binomial_limit, normal_quantile, standard_error
 from ._method import draw_from_flow
 from ._refined_policy import RefinedPolicy
 from ._selections import AbstractSelection
@@ -252,8 +252,7 @@ def _measure(certified, critic, observations, num_per_observation, key) -> dict[
     def mean_and_stderr(values):
         # Actions of one observation are correlated; observations are not.
         means = jnp.mean(values, axis=1) if length > 1 else values[0]
-        stderr = jnp.std(means, axis=0, ddof=1) / jnp.sqrt(means.shape[0])
-        return jnp.mean(means, axis=0), stderr
+        return jnp.mean(means, axis=0), standard_error(means)
 
     terms = results["terms"]
     kls, kl_stderrs = mean_and_stderr(terms.kl)

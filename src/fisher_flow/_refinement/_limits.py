@@ -1,13 +1,24 @@
 """Confidence limits."""
 
+import math
+
 import jax.numpy as jnp
 import jax.scipy.special
 from jax.scipy.stats import norm
+from jaxtyping import Array, Float
 
 
 def normal_quantile(level: float) -> float:
     """The one-sided quantile of the normal distribution."""
     return float(norm.ppf(level))
+
+
+def standard_error(values: Float[Array, "num ..."]) -> Float[Array, "..."]:
+    """The standard error of the mean of some independent values; infinite for a single one."""
+    num = values.shape[0]
+    if num < 2:
+        return jnp.full(values.shape[1:], jnp.inf, values.dtype)
+    return jnp.std(values, axis=0, ddof=1) / math.sqrt(num)
 
 
 def binomial_limit(count: int, num: int, level: float) -> float:
