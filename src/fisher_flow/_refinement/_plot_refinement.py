@@ -42,14 +42,14 @@ def plot_refinement(
 
     **Arguments:**
 
-    - `policy`: the policy that `refine` returned. Of a chain, the last step is drawn.
+    - `policy`: the policy that `refine` returned. If it is a chain, the last step is drawn.
     - `observation`: one observation, any PyTree of arrays.
 
     **Other arguments:**
 
     - `critic`: by default the one that the policy was refined by.
-    - `metric`: whose ellipses to draw, with the damping of the refinement. By default
-        [`fisher_flow.ObservedInformation`][], by the score of the refinement.
+    - `metric`: the metric whose ellipses are drawn, with the damping of the refinement. By default
+        it is [`fisher_flow.ObservedInformation`][] with the score of the refinement.
     - `limits`: the smallest and largest first entry, and the smallest and largest second entry. By
         default where 99% of the actions of both policies lie, and a margin.
     - `resolution`: the number of points of the density along each axis.
