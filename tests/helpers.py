@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,21 @@ refinements = {
     "Residual": lambda radius: ff.Residual(
         radius=radius, width_size=8, depth=1, num_updates=2, num_calibration=64, progress=False
     ),
+    "Steering": lambda radius: ff.Steering(radius, num_calibration=64, num_auxiliary=8),
 }
+
+potentials = [
+    ff.TiltedAction(),
+    ff.ProjectedAction(),
+    ff.PosteriorMean(num_samples=4),
+    ff.TimeWeighted(ff.TiltedAction(), lambda t: t),
+]
+
+log_ratios = [
+    ff.PathLogRatio(solver=diffrax.Heun()),
+    ff.DensityLogRatio(),
+    ff.ExecutedLogRatio(),
+]
 
 encoders = [ff.ImpalaEncoder(widths=(4,), output_size=8)]
 
@@ -109,11 +124,18 @@ policies = {
     "NormalisedPolicy": lambda flow, critic: ff.NormalisedPolicy(
         flow, ff.Normaliser(jnp.ones_like(critic.linear), jnp.full_like(critic.linear, 2))
     ),
+    "SteeredPolicy": lambda flow, critic: _steered(flow, critic),
+    "ExactResample": lambda flow, critic: ff.ExactResample(_steered(flow, critic), critic, 2),
     **{
         name: lambda flow, critic, make=make: make(flow, critic, 4)
         for name, make in selections.items()
     },
 }
+
+
+def _steered(flow, critic):
+    observations = jnp.zeros((4, 2), critic.linear.dtype)
+    return ff.refine(flow, critic, refinements["Steering"](0.1), observations=observations)
 
 
 def tree_allclose(x, y, *, rtol=1e-5, atol=1e-8):

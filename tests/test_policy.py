@@ -116,6 +116,53 @@ def test_adaptive_steps(dtype, getkey):
     assert np.allclose(x, exact_flow(base, noise), rtol=100 * tol, atol=100 * tol)
 
 
+@dtypes
+def test_steps_to_uneven_times(dtype, getkey):
+    base = gaussian([0.5, -1.0], [[0.5, 0.3], [0.3, 0.9]], dtype)
+    ts = np.asarray([0, 0.4, 0.7, 0.9, 1], dtype)
+    policy = base.policy(stepsize_controller=diffrax.StepTo(ts=ts), num_steps=3)
+    noise = expected = jr.normal(getkey(), (2,), dtype)
+    for t0, t1 in zip(ts[:-1], ts[1:], strict=True):
+        expected = expected + (t1 - t0) * policy.velocity(t0, expected, None)
+    tol = 1e-13 if dtype == jnp.float64 else 1e-6
+    assert tree_allclose(eqx.filter_jit(policy.flow)(None, noise), expected, rtol=tol, atol=tol)
+
+
+@dtypes
+def test_controllers_with_times_of_their_own(dtype, getkey):
+    # In either direction, in 64 bits or not, the times fit those of the solve.
+    base = gaussian([0.5, -1.0], [[0.5, 0.3], [0.3, 0.9]], dtype)
+    noise = jr.normal(getkey(), (2,), dtype)
+    fine = diffrax.PIDController(rtol=1e-6, atol=1e-6)
+    for controller in (
+        diffrax.ClipStepSizeController(fine, step_ts=[0.3, 0.9], jump_ts=jnp.asarray([0.5])),
+        diffrax.StepTo(ts=jnp.linspace(0, 1, 41) ** 0.8),
+        diffrax.StepTo(ts=jnp.cumsum(jnp.full(33, 1 / 32)) - 1 / 32),
+    ):
+        policy = base.policy(solver=diffrax.Tsit5(), stepsize_controller=controller)
+        action = policy.flow(None, noise)
+        assert tree_allclose(action, exact_flow(base, noise), rtol=1e-4, atol=1e-4)
+        log_p = policy.log_prob(
+            None, action, solver=diffrax.Tsit5(), stepsize_controller=controller
+        )
+        assert tree_allclose(log_p, base.log_prob(action), rtol=1e-3, atol=1e-3)
+    falling = diffrax.StepTo(ts=jnp.linspace(1, 0, 41))
+    log_p = policy.log_prob(None, action, solver=diffrax.Tsit5(), stepsize_controller=falling)
+    assert tree_allclose(log_p, base.log_prob(action), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ts", [[0, 0.5, 0.4, 1], [0, 2.5, 5, 10], [0.1, 0.5, 1]], ids=str)
+def test_times_that_do_not_lead_from_noise_to_action(ts):
+    with pytest.raises(ValueError, match=r"`stepsize_controller=diffrax.StepTo\(ts="):
+        bimodal().policy(stepsize_controller=diffrax.StepTo(ts=jnp.asarray(ts)))
+
+
+def test_steps_that_nothing_can_adapt():
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"`solver=diffrax.Tsit5\(\)`"):
+        bimodal().policy(stepsize_controller=controller)
+
+
 @pytest.mark.parametrize(
     "adjoint, differentiate",
     [(diffrax.RecursiveCheckpointAdjoint(), jax.jacrev), (diffrax.ForwardMode(), jax.jacfwd)],
@@ -196,7 +243,8 @@ def test_samples_are_draws_held_to_the_bounds(name, dtype, getkey):
 
     samples, free = both(keys)
     assert samples.shape == (50, 2) and samples.dtype == dtype
-    assert np.array_equal(samples, np.clip(free, low.astype(dtype), dtype(high)))
+    assert np.all(samples >= low.astype(dtype)) and np.all(samples <= dtype(high))
+    assert np.allclose(samples, np.clip(free, low, high), rtol=1e-5, atol=1e-5)
     assert np.any(samples != free)
 
 

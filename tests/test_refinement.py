@@ -31,11 +31,12 @@ def test_zero_radius_is_the_identity(name, getkey):
 
 
 @every_refinement
-def test_what_is_refined_is_kept_beside_the_displacement(name, getkey):
+def test_the_radius_is_spent_from_the_flow_underneath(name, getkey):
     refined = refine(name, 0.1)
-    assert isinstance(refined, ff.RefinedPolicy)
+    assert isinstance(refined, ff.RefinedPolicy | ff.SteeredPolicy)
     assert refined.flow_policy is policy and refined.bounds == policy.bounds
-    o, a = observations[0], jr.normal(getkey(), (2,), jnp.float32)
-    δ = refined.displacement(o, a)
-    assert δ.shape == (2,) and δ.dtype == jnp.float32 and np.all(np.isfinite(δ)) and np.any(δ != 0)
-    assert np.allclose(refined.transport(o, a), a + δ)
+    assert refined.reached is not None and 0 < refined.reached.kl < 0.1 * 1.01
+    o, b = observations[0], jr.normal(getkey(), (2,), jnp.float32)
+    a = jax.jit(refined.from_flow)(o, b)
+    assert a.shape == (2,) and a.dtype == jnp.float32
+    assert np.all(np.isfinite(a)) and np.any(a != b)

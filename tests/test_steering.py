@@ -11,6 +11,7 @@ from helpers import (
     bimodal_1d,
     Critic,
     gaussian,
+    potentials,
     random_covariance,
     shifted_policy,
     UserPath,
@@ -63,12 +64,10 @@ def test_a_linear_critic_tilts_a_mixture_exactly(path, dtype, getkey):
 @pytest.mark.parametrize(
     "potential",
     [
-        ff.TiltedAction(),
         ff.TiltedAction(sigma_points=False),
-        ff.ProjectedAction(),
-        ff.PosteriorMean(num_samples=4),
+        *(x for x in potentials if not isinstance(x, ff.TimeWeighted)),
     ],
-    ids=["tilted", "slope at the mean", "projected", "posterior"],
+    ids=lambda x: type(x).__name__,
 )
 def test_every_moment_of_a_gaussian(potential, getkey):
     # N(μ, Σ) and a linear critic: all of these are exact, N(μ + k Σ w, Σ).

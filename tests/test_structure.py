@@ -208,6 +208,8 @@ def _lists_of_laws():
     yield fisher_flow.AbstractScore, helpers.scores
     yield fisher_flow.AbstractCost, [make(helpers.scores[0]) for make in helpers.costs.values()]
     yield fisher_flow.AbstractRefinement, [make(0.1) for make in helpers.refinements.values()]
+    yield fisher_flow.AbstractPotential, helpers.potentials
+    yield fisher_flow.AbstractLogRatio, helpers.log_ratios
     yield fisher_flow.AbstractEncoder, helpers.encoders
     yield fisher_flow.AbstractAgent, helpers.agents(**sizes)
     yield fisher_flow.AbstractPolicy, [make(flow, critic) for make in helpers.policies.values()]

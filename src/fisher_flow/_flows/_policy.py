@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from equinox import AbstractVar
-from jaxtyping import Array, PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 from .._checks import check_instance, check_positive_integer, checked_shape
 from .._custom_types import Action, Observation
 from .._linalg import rademacher_probes, value_and_divergence, value_and_jacobian
 from .._trees import as_inexact
 from ._bounds import checked_bounds, clip, TanhBounds
-from ._even_steps import EvenSteps
+from ._fixed_steps import check_controller, fixed_times, FixedSteps, has_fixed_steps
 from ._foreign import check_inference
 from ._given import given
 from ._path import AbstractAffineGaussianPath, LinearPath
@@ -250,7 +250,8 @@ class FlowPolicy(AbstractFlowPolicy):
         - `solver`: any Diffrax solver for ordinary differential equations.
         - `num_steps`: the number of steps of equal length; with an adaptive
             `stepsize_controller`, the first step tried is `1 / num_steps`.
-        - `stepsize_controller`: any Diffrax step-size controller.
+        - `stepsize_controller`: any Diffrax step-size controller. With `diffrax.StepTo(ts=ts)` the
+            steps lead to the times `ts`, from 0 to 1, and `num_steps` has no effect.
         - `adjoint`: how Diffrax differentiates through `sample`. The default supports reverse
             mode; for forward mode pass `diffrax.ForwardMode()`.
         - `max_steps`: the number of steps after which an adaptive solve gives up with an error.
@@ -264,7 +265,8 @@ class FlowPolicy(AbstractFlowPolicy):
 
         **Raises:**
 
-        - `ValueError` if an argument is not of its kind, or `low` is not below `high`.
+        - `ValueError` if an argument is not of its kind, `low` is not below `high`, or `solver` and
+            `stepsize_controller` do not fit together.
         """
         if not callable(velocity) or isinstance(velocity, type):
             raise ValueError(
@@ -281,6 +283,7 @@ class FlowPolicy(AbstractFlowPolicy):
             diffrax.AbstractStepSizeController,
             "diffrax.ConstantStepSize()",
         )
+        check_controller(solver, stepsize_controller)
         check_instance(
             "adjoint", adjoint, diffrax.AbstractAdjoint, "diffrax.RecursiveCheckpointAdjoint()"
         )
@@ -405,7 +408,8 @@ class FlowPolicy(AbstractFlowPolicy):
         - `num_probes`: `None` for the exact divergence, at a cost that grows with the size of the
             action; or the number of random probes of Hutchinson's estimate.
         - `solver`, `stepsize_controller`: how to integrate. By default Tsitouras' 5(4) method with
-            tolerances of 1e-5 (float32) or 1e-7 (float64).
+            tolerances of 1e-5 (float32) or 1e-7 (float64). The times of a `diffrax.StepTo` may
+            rise from 0 to 1 or fall from 1 to 0.
         - `key`: a `jax.random.key` for the probes; needed only with `num_probes`.
 
         **Returns:**
@@ -482,15 +486,21 @@ class FlowPolicy(AbstractFlowPolicy):
         # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax
         # promotes a float32 state to float64.
         t0, t1 = (0, 1) if direction > 0 else (1, 0)
-        if isinstance(stepsize_controller, diffrax.ConstantStepSize):
+        check_controller(solver, stepsize_controller)
+        if has_fixed_steps(stepsize_controller):
             # Rounded steps may leave a sliver at the end; stepping to given times cannot.
-            ts = jnp.linspace(t0, t1, self.num_steps + 1, dtype=dtype)
-            stepsize_controller, dt0 = EvenSteps(ts), None
+            ts = fixed_times(stepsize_controller, self.num_steps, dtype)
+            stepsize_controller, dt0 = FixedSteps(ts[::direction]), None
             steps_arrive = True
-            max_steps = self.num_steps
+            max_steps = len(ts) - 1
             throw = isinstance(solver, diffrax.AbstractImplicitSolver)  # explicit steps arrive
         else:
             dt0 = jnp.asarray(direction / self.num_steps, dtype)
+            # Times of its own, which Diffrax compares with those of the solve.
+            stepsize_controller = jax.tree.map(
+                lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf,
+                stepsize_controller,
+            )
             max_steps = self.max_steps
             steps_arrive = False
             throw = self.throw
@@ -512,6 +522,12 @@ class FlowPolicy(AbstractFlowPolicy):
             leaf if throw or steps_arrive else jnp.where(finished, leaf, jnp.nan)
         )
         return jax.tree.map(lambda leaf: nan_unless(leaf[0]), solution.ys)
+
+    def step_times(self, dtype: Any) -> Float[Array, " times"] | None:
+        """The ends of the steps of a sample, from 0 to 1; `None` if they adapt."""
+        if not has_fixed_steps(self.stepsize_controller):
+            return None
+        return fixed_times(self.stepsize_controller, self.num_steps, dtype)
 
 
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:

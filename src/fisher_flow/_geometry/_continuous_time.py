@@ -62,7 +62,7 @@ def continuous_flow(flow: FlowPolicy, dtype: Any) -> FlowPolicy:
         adjoint=flow.adjoint,
         max_steps=flow.max_steps,
         bounds=flow.bounds,
-        dtype=flow.dtype,
+        dtype=dtype,
         throw=False,
     )
 

@@ -326,12 +326,12 @@ class DensityLogRatio(AbstractLogRatio):
 class ExecutedLogRatio(AbstractLogRatio):
     r"""The exact log-ratio of the sampler that acts, whatever its steps.
 
-    A solver with $n$ steps of equal length is a chain of $n$ maps, and ten Euler steps are another
+    A solver with $n$ steps to fixed times is a chain of $n$ maps, and ten Euler steps are another
     sampler than the flow in continuous time. The density of what it draws follows from the
     determinants of its steps,
 
     $$\log q(x_n) = \log \mathcal N(x_0) - \sum_k \log |\det \nabla F_k(x_k)|, \qquad
-        x_{k+1} = F_k(x_k), \quad F_k(x) = x + h\,u(t_k, x) \text{ for Euler's method.}$$
+        x_{k+1} = F_k(x_k), \quad F_k(x) = x + h_k\,u(t_k, x) \text{ for Euler's method.}$$
 
     The density of the unsteered sampler at the same action needs the noise from which it would
     have drawn that action: its steps are inverted from the end to the beginning, each by Newton's
@@ -384,7 +384,7 @@ def executed_draw(
 
     **Arguments:**
 
-    - `flow`: a flow with steps of equal length, whose solver is used.
+    - `flow`: a flow whose steps are fixed; its solver and its times are used.
     - `velocity`: the velocity to follow, a function of a time and a point.
     - `noise`: the point to start from.
 
@@ -394,7 +394,7 @@ def executed_draw(
     - Its log-density under these steps; NaN where one of them folds.
     - The points on the way, from the noise to the action.
     """
-    ts = jnp.linspace(0, 1, flow.num_steps + 1, dtype=noise.dtype)
+    ts = _step_times(flow, noise.dtype)
 
     def forward(carry, ends):
         x, log_det = carry
@@ -429,7 +429,7 @@ def executed_log_prob(
 
     The log-density; NaN where a step folds or no noise is found.
     """
-    ts = jnp.linspace(0, 1, flow.num_steps + 1, dtype=action.dtype)
+    ts = _step_times(flow, action.dtype)
     frozen = constant(eqx.filter_closure_convert(velocity, ts[0], action))
 
     def backward(carry, row):
@@ -458,7 +458,7 @@ def check_steps(flow: FlowPolicy) -> None:
     if has_executed_steps(flow):
         return
     raise ValueError(
-        "`log_ratio=ExecutedLogRatio()` needs a sampler that takes steps of equal length by an "
+        "`log_ratio=ExecutedLogRatio()` needs a sampler that takes steps to fixed times by an "
         f"explicit Runge-Kutta method, but got `{type(flow.solver).__name__}` with "
         f"`{type(flow.stepsize_controller).__name__}`. Write "
         "`log_ratio=fisher_flow.DensityLogRatio()`."
@@ -468,7 +468,13 @@ def check_steps(flow: FlowPolicy) -> None:
 def has_executed_steps(flow: FlowPolicy) -> bool:
     """Whether every step of the sampler is a map of one point to the next."""
     one_step = isinstance(flow.solver, diffrax.Euler | diffrax.AbstractERK)
-    return one_step and isinstance(flow.stepsize_controller, diffrax.ConstantStepSize)
+    return one_step and flow.step_times(None) is not None
+
+
+def _step_times(flow, dtype) -> Float[Array, " times"]:
+    ts = flow.step_times(dtype)
+    assert ts is not None, "`check_steps` or `has_executed_steps` comes first"
+    return ts
 
 
 def mean_log_ratio(

@@ -148,29 +148,45 @@ def measure_fidelity(
     rows = jnp.concatenate([jr.permutation(row_key, length)] * -(-num_observations // length))
     rows = rows[:num_observations]
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    return _measure(original, fitted, critic, observations, num_actions, key)
+    has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (original, fitted))
+    coupled = isinstance(original, AbstractFlowPolicy) and isinstance(fitted, OneStepPolicy)
+    arguments = (original, fitted, critic, observations, num_actions, has_densities, coupled, key)
+    measured = _measure(*arguments)
+    # Only now: NaN inside the program would be taken for a fault by `jax_debug_nans`.
+    absent = {
+        "kl": not has_densities,
+        "distance": not coupled,
+        "improvement": flow_underneath(original) is None,
+    }
+    for name in [name for name, is_absent in absent.items() if is_absent]:
+        for entry in {name, f"{name}_stderr"} & set(measured):
+            measured[entry] = jnp.asarray(jnp.nan, measured[entry].dtype)
+    return Fidelity(
+        **measured, num_actions=num_observations * num_actions, num_observations=num_observations
+    )
 
 
 @eqx.filter_jit
-def _measure(original, fitted, critic, observations, num_actions, key) -> Fidelity:
+def _measure(
+    original, fitted, critic, observations, num_actions, has_densities, coupled, key
+) -> dict[str, Array]:
+    """The numbers of a `Fidelity`; zero for what there is not."""
     num_observations = batch_length("observations", observations)
     flow = flow_underneath(original)
-    nan = jnp.asarray(jnp.nan)
-    has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (original, fitted))
-    coupled = isinstance(original, AbstractFlowPolicy) and isinstance(fitted, OneStepPolicy)
+    absent = jnp.zeros(())
 
     def of_action(o, key):
         # The same noise for both, so that what they have in common cancels in the difference.
         x, y = original.draw(o, key=key), fitted.draw(o, key=key)
         value = critic_value(original, critic, o, x)
-        before = nan if flow is None else critic_value(flow, critic, o, flow.draw(o, key=key))
+        before = value if flow is None else critic_value(flow, critic, o, flow.draw(o, key=key))
         return dict(
             x=x,
             y=y,
             gain=value - before,
             lost=value - critic_value(fitted, critic, o, y),
-            kl=_log_ratio(original, fitted, o, key) if has_densities else nan,
-            squared=jnp.sum((x - y) ** 2) if coupled else nan,
+            kl=_log_ratio(original, fitted, o, key) if has_densities else absent,
+            squared=jnp.sum((x - y) ** 2) if coupled else absent,
         )
 
     def of_observation(row):
@@ -190,18 +206,17 @@ def _measure(original, fitted, critic, observations, num_actions, key) -> Fideli
     mean: dict[str, Array] = jax.tree.map(jnp.mean, results)
     stderr = lambda name: jnp.std(results[name], ddof=1) / jnp.sqrt(num_observations)
     twice_between = jnp.where(mean["between"] > 0, 2 * mean["between"], 1)
-    return Fidelity(
+    spread = jnp.where(mean["spread"] > 0, mean["spread"], 1)
+    return dict(
         kl=mean["kl"],
         kl_stderr=stderr("kl"),
-        distance=jnp.sqrt(mean["squared"] / mean["spread"]),
+        distance=jnp.sqrt(mean["squared"] / spread),
         # An estimate of zero is negative half the time.
         energy=jnp.maximum(2 * mean["between"] - mean["within"], 0) / twice_between,
         improvement=mean["gain"],
         improvement_stderr=stderr("gain"),
         lost=mean["lost"],
         lost_stderr=stderr("lost"),
-        num_actions=num_observations * num_actions,
-        num_observations=num_observations,
     )
 
 

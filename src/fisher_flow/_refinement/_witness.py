@@ -271,7 +271,8 @@ def has_executed_density(policy: AbstractFlowPolicy, base: AbstractFlowPolicy) -
     flows = policy.flow_policy, base.flow_policy
     if not all(isinstance(flow, FlowPolicy) and has_executed_steps(flow) for flow in flows):
         return False
-    return flows[0].num_steps == flows[1].num_steps
+    times, base_times = (flow.step_times(None) for flow in flows)
+    return times is not None and base_times is not None and len(times) == len(base_times)
 
 
 def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
