@@ -1,7 +1,8 @@
 import abc
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import KW_ONLY
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -91,47 +92,15 @@ class PathLogRatio(AbstractLogRatio):
         neither.
     """
 
-    num_probes: int | None = eqx.field(static=True)
-    solver: diffrax.AbstractSolver | None
-    stepsize_controller: diffrax.AbstractStepSizeController | None
-    margin: ScalarLike
+    num_probes: int | None = eqx.field(static=True, default=None)
+    _: KW_ONLY
+    solver: diffrax.AbstractSolver | None = None
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None
+    margin: ScalarLike = 1e-3
 
-    def __init__(
-        self,
-        num_probes: int | None = None,
-        *,
-        solver: diffrax.AbstractSolver | None = None,
-        stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-        margin: ScalarLike = 1e-3,
-    ):
-        r"""**Arguments:**
-
-        - `num_probes`: the number of random probes for the divergence. By default it is exact for
-            actions of up to 32 entries, and larger ones have one probe.
-
-        **Other arguments:**
-
-        - `solver`, `stepsize_controller`: how to integrate $x$ and $r$ together. By default
-            the flow says how.
-        - `margin`: the integrand is evaluated no closer than this to time 1, where the score is the
-            quotient of two numbers that vanish.
-        """
-        if num_probes is not None:
-            check_positive_integer("num_probes", num_probes, 1)
-        if solver is not None:
-            check_instance("solver", solver, diffrax.AbstractSolver, "diffrax.Tsit5()")
-        if stepsize_controller is not None:
-            check_instance(
-                "stepsize_controller",
-                stepsize_controller,
-                diffrax.AbstractStepSizeController,
-                "diffrax.PIDController(rtol=1e-5, atol=1e-5)",
-            )
-        check_at_least("margin", margin, 0, 1e-3)
-        self.num_probes = num_probes
-        self.solver = solver
-        self.stepsize_controller = stepsize_controller
-        self.margin = margin
+    def __check_init__(self):
+        _check_solve(self.num_probes, self.solver, self.stepsize_controller)
+        check_at_least("margin", self.margin, 0, 1e-3)
 
     @eqx.filter_jit
     def __call__(
@@ -238,6 +207,20 @@ class PathLogRatio(AbstractLogRatio):
         )
 
 
+PathLogRatio.__init__.__doc__ = r"""**Arguments:**
+
+- `num_probes`: the number of random probes for the divergence. By default it is exact for
+    actions of up to 32 entries, and larger ones have one probe.
+
+**Other arguments:**
+
+- `solver`, `stepsize_controller`: how to integrate $x$ and $r$ together. By default as the
+    flow does.
+- `margin`: the integrand is evaluated no closer than this to time 1, where the score is the
+    quotient of two numbers that vanish.
+"""
+
+
 class DensityLogRatio(AbstractLogRatio):
     r"""The log-ratio of two flows in continuous time, from the density of each,
 
@@ -252,40 +235,13 @@ class DensityLogRatio(AbstractLogRatio):
     each probe. The probes of both solves are the same, so that most of their error cancels.
     """
 
-    num_probes: int | None = eqx.field(static=True)
-    solver: diffrax.AbstractSolver
-    stepsize_controller: diffrax.AbstractStepSizeController | None
+    num_probes: int | None = eqx.field(static=True, default=None)
+    _: KW_ONLY
+    solver: diffrax.AbstractSolver = diffrax.Tsit5()
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None
 
-    def __init__(
-        self,
-        num_probes: int | None = None,
-        *,
-        solver: diffrax.AbstractSolver = diffrax.Tsit5(),
-        stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    ):
-        """**Arguments:**
-
-        - `num_probes`: the number of random probes for the divergences. By default they are exact
-            for actions of up to 32 entries, and larger ones have one probe.
-
-        **Other arguments:**
-
-        - `solver`, `stepsize_controller`: how to integrate, as for
-            [`fisher_flow.FlowPolicy.log_prob`][].
-        """
-        if num_probes is not None:
-            check_positive_integer("num_probes", num_probes, 1)
-        check_instance("solver", solver, diffrax.AbstractSolver, "diffrax.Tsit5()")
-        if stepsize_controller is not None:
-            check_instance(
-                "stepsize_controller",
-                stepsize_controller,
-                diffrax.AbstractStepSizeController,
-                "diffrax.PIDController(rtol=1e-5, atol=1e-5)",
-            )
-        self.num_probes = num_probes
-        self.solver = solver
-        self.stepsize_controller = stepsize_controller
+    def __check_init__(self):
+        _check_solve(self.num_probes, self.solver, self.stepsize_controller)
 
     @eqx.filter_jit
     def __call__(
@@ -323,6 +279,18 @@ class DensityLogRatio(AbstractLogRatio):
         return SteeredAction(action, log_ratio)
 
 
+DensityLogRatio.__init__.__doc__ = """**Arguments:**
+
+- `num_probes`: the number of random probes for the divergences. By default they are exact
+    for actions of up to 32 entries, and larger ones have one probe.
+
+**Other arguments:**
+
+- `solver`, `stepsize_controller`: how to integrate, as for
+    [`fisher_flow.FlowPolicy.log_prob`][].
+"""
+
+
 class ExecutedLogRatio(AbstractLogRatio):
     r"""The exact log-ratio of the sampler that acts, whatever its steps.
 
@@ -347,15 +315,10 @@ class ExecutedLogRatio(AbstractLogRatio):
     continuous with respect to $p$ there, or Newton's method failed.
     """
 
-    max_steps: int = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True, default=24)
 
-    def __init__(self, max_steps: int = 24):
-        """**Arguments:**
-
-        - `max_steps`: the number of steps after which Newton's method gives up.
-        """
-        check_positive_integer("max_steps", max_steps, 24)
-        self.max_steps = max_steps
+    def __check_init__(self):
+        check_positive_integer("max_steps", self.max_steps, 24)
 
     @eqx.filter_jit
     def __call__(
@@ -375,6 +338,12 @@ class ExecutedLogRatio(AbstractLogRatio):
         velocity = flow.given(observation)
         log_p = executed_log_prob(flow, velocity, action, points, max_steps=self.max_steps)
         return SteeredAction(action, log_q - log_p)
+
+
+ExecutedLogRatio.__init__.__doc__ = """**Arguments:**
+
+- `max_steps`: the number of steps after which Newton's method gives up.
+"""
 
 
 def executed_draw(
@@ -451,6 +420,20 @@ def executed_log_prob(
     rows = (ts[:-1], ts[1:]), points[:-1], points[1:]
     (origin, log_det), _ = lax.scan(backward, (action, zero), rows, reverse=True)
     return _log_normal(origin) - log_det
+
+
+def _check_solve(num_probes: Any, solver: Any, stepsize_controller: Any) -> None:
+    if num_probes is not None:
+        check_positive_integer("num_probes", num_probes, 1)
+    if solver is not None:
+        check_instance("solver", solver, diffrax.AbstractSolver, "diffrax.Tsit5()")
+    if stepsize_controller is not None:
+        check_instance(
+            "stepsize_controller",
+            stepsize_controller,
+            diffrax.AbstractStepSizeController,
+            "diffrax.PIDController(rtol=1e-5, atol=1e-5)",
+        )
 
 
 def check_steps(flow: FlowPolicy) -> None:

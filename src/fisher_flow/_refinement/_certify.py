@@ -15,7 +15,7 @@ from .._geometry import CalibratedScore, in_continuous_time
 from ._certificate import Certificate, Verdict
 from ._certify_pair import certify_pair
 from ._executed_critic import check_critic, critic_value
-from ._limits import binomial_limit, normal_quantile
+from ._limits import binomial_limit, mean_and_stderr, normal_quantile
 from ._method import draw_from_flow
 from ._refined_policy import RefinedPolicy
 from ._selections import AbstractSelection
@@ -203,35 +203,12 @@ def _measure(certified, critic, observations, num_per_observation, key) -> dict[
     fractions = jnp.linspace(0, 1.5, 7)
     whole = 4  # fractions[4] == 1
 
-    def of_action(o, key):
-        action_key, metric_key = jr.split(key)
-        a, flow_action = draw_from_flow(policy, o, action_key)
-
-        def scaled_terms(fraction):
-            return method.measure.terms(policy, o, a, fraction * δ, fraction * J, flow_action)
-
-        δ, J, finite = method.measure.linearise(
-            policy, lambda a: refined.checked_displacement(o, a), a, has_aux=True
-        )
-        moved = jnp.any(δ != 0)
-        terms = jax.vmap(scaled_terms)(fractions.astype(a.dtype))
-        field = lambda a: refined.checked_displacement(o, a)[0]
-        # After other maps, too, the metric is the metric of the flow.
-        predicted = method.metric.cost(policy.flow_policy, o, a, field, key=metric_key)
-        gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
-        return dict(
-            terms=terms,
-            predicted=jnp.where(jnp.isfinite(predicted), predicted, 0),
-            gain=jnp.where(moved, gain, 0),
-            non_finite=~finite,
-            outside=_leaves_support(method.measure.score, a, δ),
-        )
-
     def of_observation(row):
         o, key = row
         keys = jr.split(key, num_per_observation + 1)
         keys, total_key = keys[:-1], keys[-1]
-        results = lax.map(lambda key: of_action(o, key), keys, batch_size=256)
+        of_action = lambda key: _of_action(refined, critic, o, fractions, key)
+        results = lax.map(of_action, keys, batch_size=256)
         if not isinstance(certified, AbstractSelection) and isinstance(policy, FlowPolicy):
             # One map and no choice: the totals are the cost and the gain of the map.
             totals = results["terms"].kl[:, whole], results["gain"]
@@ -249,12 +226,6 @@ def _measure(certified, critic, observations, num_per_observation, key) -> dict[
     results, (total_kls, total_gains) = lax.map(
         of_observation, (observations, jr.split(key, length)), batch_size=rows_at_once
     )
-
-    def mean_and_stderr(values):
-        # Actions of one observation are correlated; observations are not.
-        means = jnp.mean(values, axis=1) if length > 1 else values[0]
-        stderr = jnp.std(means, axis=0, ddof=1) / jnp.sqrt(means.shape[0])
-        return jnp.mean(means, axis=0), stderr
 
     terms = results["terms"]
     kls, kl_stderrs = mean_and_stderr(terms.kl)
@@ -282,6 +253,32 @@ def _measure(certified, critic, observations, num_per_observation, key) -> dict[
         kl_by_fraction=kls,
         kl_stderr_by_fraction=kl_stderrs,
         gains=results["gain"].reshape(-1),
+    )
+
+
+def _of_action(refined, critic, o, fractions, key) -> dict[str, Any]:
+    """The contribution of one action of the policy before the map."""
+    policy, method = refined.policy, refined.method
+    action_key, metric_key = jr.split(key)
+    a, flow_action = draw_from_flow(policy, o, action_key)
+    δ, J, finite = method.measure.linearise(
+        policy, lambda a: refined.checked_displacement(o, a), a, has_aux=True
+    )
+    moved = jnp.any(δ != 0)
+
+    def scaled_terms(fraction):
+        return method.measure.terms(policy, o, a, fraction * δ, fraction * J, flow_action)
+
+    field = lambda a: refined.checked_displacement(o, a)[0]
+    # After other maps, too, the metric is the metric of the flow.
+    predicted = method.metric.cost(policy.flow_policy, o, a, field, key=metric_key)
+    gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
+    return dict(
+        terms=jax.vmap(scaled_terms)(fractions.astype(a.dtype)),
+        predicted=jnp.where(jnp.isfinite(predicted), predicted, 0),
+        gain=jnp.where(moved, gain, 0),
+        non_finite=~finite,
+        outside=_leaves_support(method.measure.score, a, δ),
     )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import PRNGKeyArray, Scalar
 
 from .._checks import batch_length
 from .._flows import AbstractFlowPolicy, AbstractPolicy, as_flow_policy
@@ -22,7 +22,7 @@ from .._geometry import (
 from .._linalg import Whitening
 from ._certificate import Certificate, Verdict
 from ._executed_critic import critic_value
-from ._limits import normal_quantile
+from ._limits import mean_and_stderr, normal_quantile
 from ._steering import SteeredPolicy
 from ._witness import (
     absent_witness,
@@ -87,23 +87,29 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
     else:
         kl, kl_stderr = _nearest_neighbours(policy, base, observations, density_key)
     radius = jnp.asarray(policy.method.radius if steered else jnp.nan, action.dtype)
-    improvement, improvement_stderr = _mean_and_stderr(gains)
-    nan, zero = jnp.asarray(jnp.nan, action.dtype), jnp.zeros((), action.dtype)
+    gain = mean_and_stderr(gains)
     if not finite:
         verdict = Verdict.critic_not_finite
     elif not has_densities:
         verdict = Verdict.estimated
     else:
-        gained = bool(improvement > 2 * improvement_stderr)
+        gained = bool(gain[0] > 2 * gain[1])
         verdict = _judge(measured, by_density, by_steps, radius, gained)
+    witnesses = dict(by_density=by_density, by_steps=by_steps)
+    return _certificate(verdict, (kl, kl_stderr), witnesses, radius, gains, gain, level)
+
+
+def _certificate(verdict, kl, witnesses, radius, gains, gain, level) -> Certificate:
+    """A certificate without the entries that only a transport map has, such as folds."""
+    kl, kl_stderr = kl
+    improvement, improvement_stderr = gain
+    nan, zero = jnp.full_like(kl, jnp.nan), jnp.zeros_like(kl)
     return Certificate(
         verdict=verdict,
         kl=kl,
         kl_stderr=kl_stderr,
         kl_by_score=nan,
         kl_upper=kl + normal_quantile(level) * kl_stderr,
-        by_density=by_density,
-        by_steps=by_steps,
         kl_predicted=nan,
         radius=radius,
         folded=zero,
@@ -116,15 +122,16 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
         total_improvement_stderr=improvement_stderr,
         stein=nan,
         stein_stderr=nan,
-        non_finite=zero if finite else nan,
+        non_finite=nan if verdict is Verdict.critic_not_finite else zero,
         score=PerturbedScore(),
         level=level,
         num_actions=gains.size,
-        num_observations=length,
-        fractions=jnp.ones(1, action.dtype),
+        num_observations=gains.shape[0],
+        fractions=jnp.ones_like(kl)[None],
         kl_by_fraction=kl[None],
         kl_stderr_by_fraction=kl_stderr[None],
         gains=gains.reshape(-1),
+        **witnesses,
     )
 
 
@@ -178,12 +185,6 @@ def _gains(policy, base, critic, observations, num_per_observation, key):
     rows_at_once = max(1, 256 // num_per_observation)
     gains = lax.map(of_observation, (observations, keys), batch_size=rows_at_once)
     return gains, jnp.all(jnp.isfinite(gains))
-
-
-def _mean_and_stderr(values: Float[Array, "observations actions"]) -> tuple[Scalar, Scalar]:
-    # Actions of one observation are correlated; observations are not.
-    means = jnp.mean(values, axis=1) if values.shape[0] > 1 else values[0]
-    return jnp.mean(means), jnp.std(means, ddof=1) / math.sqrt(max(len(means), 2))
 
 
 def _judge(

@@ -58,23 +58,26 @@ class ClassifierFree(eqx.Module):
     conditional: Callable[[Scalar, Any, Any], Any]
     unconditional: Callable[[Scalar, Any, Any], Any]
 
-    def __init__(
-        self,
-        conditional: Callable[[Scalar, Any, Any], Any],
-        unconditional: Callable[[Scalar, Any, Any], Any],
-    ):
-        """**Arguments:**
-
-        - `conditional`: called as `conditional(t, x, observation)`; the velocity of a flow to the
-            actions that are wanted, such as actions of a high return.
-        - `unconditional`: called in the same way; the velocity of the flow that is guided.
-        """
-        self.conditional = conditional
-        self.unconditional = unconditional
+    def __check_init__(self):
+        for name in ("conditional", "unconditional"):
+            field = getattr(self, name)
+            if not callable(field) or isinstance(field, type):
+                raise ValueError(
+                    f"`{name}` must be a function `{name}(t, x, observation)`, but got "
+                    f"`{field!r}`. Write `{name}=policy.velocity`."
+                )
 
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
         """The difference of the two velocities, like `x`."""
         return self.conditional(t, x, observation) - self.unconditional(t, x, observation)
+
+
+ClassifierFree.__init__.__doc__ = """**Arguments:**
+
+- `conditional`: called as `conditional(t, x, observation)`; the velocity of a flow to the actions
+    that are wanted, such as actions of a high return.
+- `unconditional`: called in the same way; the velocity of the flow that is guided.
+"""
 
 
 def guide(

@@ -1,8 +1,17 @@
-"""Confidence limits."""
+"""Standard errors and confidence limits."""
 
 import jax.numpy as jnp
 import jax.scipy.special
 from jax.scipy.stats import norm
+from jaxtyping import Array, Float
+
+
+def mean_and_stderr(values: Float[Array, "observations actions ..."]) -> tuple[Array, Array]:
+    """The mean of values at several actions of several observations, and its standard error."""
+    # Actions of one observation are correlated; observations are not.
+    means = jnp.mean(values, axis=1) if values.shape[0] > 1 else values[0]
+    stderr = jnp.std(means, axis=0, ddof=1) / jnp.sqrt(means.shape[0])
+    return jnp.mean(means, axis=0), stderr
 
 
 def normal_quantile(level: float) -> float:

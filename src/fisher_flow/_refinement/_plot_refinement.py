@@ -67,31 +67,17 @@ def plot_refinement(
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
-    from matplotlib.patches import Ellipse
 
     check_instance("policy", policy, RefinedPolicy, "fisher_flow.refine(policy, critic)")
     check_positive_integer("resolution", resolution, 80)
     check_positive_integer("num_arrows", num_arrows, 150)
     check_positive_integer("num_ellipses", num_ellipses, 12)
-    size = int(np.prod(policy.action_shape))
-    if size != 2:
-        raise ValueError(
-            "`policy` must have actions of two entries to be drawn in the plane, but its "
-            f"`action_shape` is {policy.action_shape}. Write "
-            "`certify(policy, critic, observations, key=key).plot()`, which takes any size."
-        )
+    _check_plane(policy.action_shape, limits)
     critic = policy.critic if critic is None else critic
     check_critic(critic)
     if metric is None:
         metric = ObservedInformation(policy.method.measure.score)
     check_instance("metric", metric, AbstractMetric, "fisher_flow.ObservedInformation()")
-    if limits is not None and not (
-        len(limits) == 4 and limits[0] < limits[1] and limits[2] < limits[3]
-    ):
-        raise ValueError(
-            "`limits` must be the smallest and largest first entry of an action, and the smallest "
-            f"and largest second entry, but got `{limits}`. Write `limits=(-1.0, 1.0, -1.0, 1.0)`."
-        )
     sample_key, metric_key = jr.split(jr.key(0) if key is None else key)
     before, after = (np.asarray(x) for x in _samples(policy, observation, 2048, sample_key))
     if limits is None:
@@ -143,23 +129,44 @@ def plot_refinement(
     )  # fmt: skip
     right.plot(*after[:num_arrows].T, "k.", markersize=3, alpha=0.8)
 
-    centres = before[num_arrows : num_arrows + num_ellipses]
+    # As many actions as the mean eigenvalue needs, which is the unit of the damping.
     metrics = _metrics(policy, metric, observation, jnp.asarray(before[:512]), metric_key)
-    matrices = np.asarray(metrics)[num_arrows : num_arrows + num_ellipses]
-    eigenvalues, directions = np.linalg.eigh(matrices)
-    # All at one cost, at which the median of them is a twelfth of the plot in width.
-    cost = 0.5 * np.median(eigenvalues[:, 0]) * ((x1 - x0) / 24) ** 2 if len(centres) else 0.0
-    for centre, w, V in zip(centres, eigenvalues, directions, strict=True):
-        width, height = 2 * np.sqrt(2 * cost / w)
-        angle = np.degrees(np.arctan2(V[1, 0], V[0, 0]))
-        left.add_patch(
-            Ellipse(
-                tuple(centre), width, height, angle=angle, fill=False, color="C2", linewidth=1.5
-            )
-        )
+    drawn = slice(num_arrows, num_arrows + num_ellipses)
+    _draw_ellipses(left, before[drawn], np.asarray(metrics)[drawn], x1 - x0)
     left.plot([], [], color="C2", label=f"{type(metric).__name__}, damped")
     left.legend(loc="lower left", fontsize=8)
     return figure
+
+
+def _check_plane(action_shape: tuple[int, ...], limits: Any) -> None:
+    if int(np.prod(action_shape)) != 2:
+        raise ValueError(
+            "`policy` must have actions of two entries to be drawn in the plane, but its "
+            f"`action_shape` is {action_shape}. Write "
+            "`certify(policy, critic, observations, key=key).plot()`, which takes any size."
+        )
+    if limits is not None and not (
+        len(limits) == 4 and limits[0] < limits[1] and limits[2] < limits[3]
+    ):
+        raise ValueError(
+            "`limits` must be the smallest and largest first entry of an action, and the smallest "
+            f"and largest second entry, but got `{limits}`. Write `limits=(-1.0, 1.0, -1.0, 1.0)`."
+        )
+
+
+def _draw_ellipses(axes: Any, centres: np.ndarray, matrices: np.ndarray, width: float) -> None:
+    """The displacements of one cost, about each centre. At this cost the median ellipse is a twelfth
+    of the plot in width."""
+    from matplotlib.patches import Ellipse
+
+    eigenvalues, directions = np.linalg.eigh(matrices)
+    cost = 0.5 * np.median(eigenvalues[:, 0]) * (width / 24) ** 2 if len(centres) else 0.0
+    for centre, w, V in zip(centres, eigenvalues, directions, strict=True):
+        axis, other = 2 * np.sqrt(2 * cost / w)
+        angle = np.degrees(np.arctan2(V[1, 0], V[0, 0]))
+        axes.add_patch(
+            Ellipse(tuple(centre), axis, other, angle=angle, fill=False, color="C2", linewidth=1.5)
+        )
 
 
 @eqx.filter_jit

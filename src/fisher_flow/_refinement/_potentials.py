@@ -256,21 +256,14 @@ class TimeWeighted(AbstractPotential):
     potential: AbstractPotential
     weight: Callable[[Scalar], Any]
 
-    def __init__(self, potential: AbstractPotential, weight: Callable[[Scalar], Any]):
-        """**Arguments:**
-
-        - `potential`: the potential.
-        - `weight`: a function of time to a positive number, by which the strength is multiplied;
-            for example `lambda t: t`.
-        """
-        check_instance("potential", potential, AbstractPotential, "fisher_flow.TiltedAction()")
-        if not callable(weight):
+    def __check_init__(self):
+        example = "fisher_flow.TiltedAction()"
+        check_instance("potential", self.potential, AbstractPotential, example)
+        if not callable(self.weight):
             raise ValueError(
-                f"`weight` must be a function of time, but got `{weight!r}`. Write "
+                f"`weight` must be a function of time, but got `{self.weight!r}`. Write "
                 "`weight=lambda t: t`."
             )
-        self.potential = potential
-        self.weight = weight
 
     def __call__(
         self,
@@ -283,6 +276,14 @@ class TimeWeighted(AbstractPotential):
     ) -> tuple[Action, Action]:
         weight = jnp.asarray(self.weight(t), x.dtype)
         return self.potential(path, velocity, critic, t, x, weight * strength)
+
+
+TimeWeighted.__init__.__doc__ = """**Arguments:**
+
+- `potential`: the potential.
+- `weight`: a function of time to a positive number, by which the strength is multiplied;
+    for example `lambda t: t`.
+"""
 
 
 def _projected_action(path, t, x, v) -> Action:

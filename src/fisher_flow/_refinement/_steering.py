@@ -1,5 +1,6 @@
 import abc
 from collections.abc import Callable
+from dataclasses import KW_ONLY
 from typing import Any
 
 import diffrax
@@ -349,55 +350,23 @@ class Steering(AbstractRefinement):
         action costs some thousand times more.
     """
 
-    radius: ScalarLike
-    potential: AbstractPotential
-    log_ratio: AbstractLogRatio | None
-    max_unknown: ScalarLike
-    num_auxiliary: int = eqx.field(static=True)
-    num_calibration: int = eqx.field(static=True)
+    radius: ScalarLike = 0.5
+    potential: AbstractPotential = TiltedAction()
+    _: KW_ONLY
+    log_ratio: AbstractLogRatio | None = None
+    max_unknown: ScalarLike = 0.05
+    num_auxiliary: int = eqx.field(static=True, default=32)
+    num_calibration: int = eqx.field(static=True, default=2048)
 
-    def __init__(
-        self,
-        radius: ScalarLike = 0.5,
-        potential: AbstractPotential = TiltedAction(),
-        *,
-        log_ratio: AbstractLogRatio | None = None,
-        max_unknown: ScalarLike = 0.05,
-        num_auxiliary: int = 32,
-        num_calibration: int = 2048,
-    ):
-        """**Arguments:**
-
-        - `radius`: the KL to spend, in nats, averaged over observations.
-        - `potential`: where to steer.
-
-        **Other arguments:**
-
-        - `log_ratio`: how the KL is measured. The default is
-            [`fisher_flow.ExecutedLogRatio`][] for actions of up to 32 entries and samplers with
-            equal explicit steps, and [`fisher_flow.DensityLogRatio`][] otherwise.
-        - `max_unknown`: the share of actions whose log-ratio may be unknown.
-        - `num_auxiliary`: without observations, the number of actions drawn at a state.
-        - `num_calibration`: with observations, the number of actions that settle the strength.
-
-        **Raises:**
-
-        - `ValueError` if an argument is not of its kind.
-        """
-        check_at_least("radius", radius, 0, 0.5)
-        check_instance("potential", potential, AbstractPotential, "fisher_flow.TiltedAction()")
-        if log_ratio is not None:
+    def __check_init__(self):
+        check_at_least("radius", self.radius, 0, 0.5)
+        check_instance("potential", self.potential, AbstractPotential, "fisher_flow.TiltedAction()")
+        if self.log_ratio is not None:
             example = "fisher_flow.ExecutedLogRatio()"
-            check_instance("log_ratio", log_ratio, AbstractLogRatio, example)
-        check_at_least("max_unknown", max_unknown, 0, 0.05)
-        check_positive_integer("num_auxiliary", num_auxiliary, 32)
-        check_positive_integer("num_calibration", num_calibration, 2048)
-        self.radius = radius
-        self.potential = potential
-        self.log_ratio = log_ratio
-        self.max_unknown = max_unknown
-        self.num_auxiliary = num_auxiliary
-        self.num_calibration = num_calibration
+            check_instance("log_ratio", self.log_ratio, AbstractLogRatio, example)
+        check_at_least("max_unknown", self.max_unknown, 0, 0.05)
+        check_positive_integer("num_auxiliary", self.num_auxiliary, 32)
+        check_positive_integer("num_calibration", self.num_calibration, 2048)
 
     def fit(
         self,
@@ -422,6 +391,26 @@ class Steering(AbstractRefinement):
         """
         guidance = CriticGuidance(critic, self.potential)
         return steer(policy, critic, guidance, self, observations, key)
+
+
+Steering.__init__.__doc__ = """**Arguments:**
+
+- `radius`: the KL to spend, in nats, averaged over observations.
+- `potential`: where to steer.
+
+**Other arguments:**
+
+- `log_ratio`: how the KL is measured. The default is [`fisher_flow.ExecutedLogRatio`][] for actions
+    of up to 32 entries and samplers whose explicit steps end at fixed times, and
+    [`fisher_flow.DensityLogRatio`][] otherwise.
+- `max_unknown`: the share of actions whose log-ratio may be unknown.
+- `num_auxiliary`: without observations, the number of actions drawn at a state.
+- `num_calibration`: with observations, the number of actions that settle the strength.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind.
+"""
 
 
 def steer(policy, critic, guidance, method, observations, key) -> SteeredPolicy:
