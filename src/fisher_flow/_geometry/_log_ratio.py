@@ -214,8 +214,8 @@ PathLogRatio.__init__.__doc__ = r"""**Arguments:**
 
 **Other arguments:**
 
-- `solver`, `stepsize_controller`: how to integrate $x$ and $r$ together. By default as the
-    flow does.
+- `solver`, `stepsize_controller`: how to integrate $x$ and $r$ together. The default is the
+    solver of the flow with its steps.
 - `margin`: the integrand is evaluated no closer than this to time 1, where the score is the
     quotient of two numbers that vanish.
 """

@@ -155,8 +155,8 @@ def _check_plane(action_shape: tuple[int, ...], limits: Any) -> None:
 
 
 def _draw_ellipses(axes: Any, centres: np.ndarray, matrices: np.ndarray, width: float) -> None:
-    """The displacements of one cost, about each centre. At this cost the median ellipse is a twelfth
-    of the plot in width."""
+    """The displacements of one cost, about each centre. At this cost the median ellipse is as wide
+    as a twelfth of the plot."""
     from matplotlib.patches import Ellipse
 
     eigenvalues, directions = np.linalg.eigh(matrices)
