@@ -14,7 +14,7 @@ class FreedVelocity(eqx.Module):
     """A velocity whose constant entries keep the noise that they start from.
 
     The other entries see them as they are along the path, from this noise to their constant. So the
-    other entries of an action are those of the flow, and all entries together have a density.
+    other entries of an action are as the flow makes them, and all entries together have a density.
     """
 
     flow: FlowPolicy
@@ -45,7 +45,8 @@ def constant_entries(whitening: Whitening | None, action_shape: tuple[int, ...])
 
 
 def constants_at(flow: FlowPolicy, observation: Observation, like: Array) -> Action:
-    """An action, whose constant entries are those of all actions at this observation."""
+    """One action of the flow. Its constant entries are the same in all actions at this
+    observation."""
     return flow.flow(observation, jnp.zeros_like(like))
 
 

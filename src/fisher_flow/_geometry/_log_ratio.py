@@ -38,9 +38,9 @@ class AbstractLogRatio(eqx.Module):
     $$r = \log \frac{q_1}{p_1}(x_1), \qquad x' = v(t, x) + \Delta(t, x), \quad
         x(0) \sim \mathcal N(0, I),$$
 
-    along the trajectory that draws $x_1$. Here $p_t$ are the densities of the flow $v$ and $q_t$
-    those of the steered flow $v + \Delta$. The mean of $r$ is $\operatorname{KL}(q_1 \,\|\, p_1)$;
-    [`fisher_flow.mean_log_ratio`][] takes it with less noise.
+    along the trajectory that draws $x_1$. Here $p_t$ are the densities of the flow $v$, and $q_t$
+    the densities of the steered flow $v + \Delta$. The mean of $r$ is
+    $\operatorname{KL}(q_1 \,\|\, p_1)$; [`fisher_flow.mean_log_ratio`][] takes it with less noise.
     """
 
     @abc.abstractmethod
@@ -79,16 +79,17 @@ class PathLogRatio(AbstractLogRatio):
         -\bigl(\nabla \cdot \Delta + \Delta \cdot s_t\bigr)(x_t), \qquad s_t = \nabla \log p_t .$$
 
     Both logarithms are differentiated along $x' = v + \Delta$, and the divergences of $v$ cancel.
-    The score $s_t$ is read off the velocity, and the divergence is that of $\Delta$ alone; so there
-    is no density to compute, no inverse to find and no second solve. An action costs one Jacobian
-    of $\Delta$ a step, or one product with it for each probe.
+    The score $s_t$ is read off the velocity, and only the divergence of $\Delta$ is needed. So
+    there is no density to compute, no inverse to find and no second solve. An action costs one
+    Jacobian of $\Delta$ a step, or one product with it for each probe.
 
     !!! warning
 
-        Two things are assumed. The velocity is that of the path, as only the exact minimiser of
-        flow matching is: on a flow that was learned for Pendulum this KL was 14% too small, however
-        fine the steps. And the steps are fine: of ten Euler steps it gives half of their KL. The
-        other two log-ratios assume neither.
+        Two things are assumed. The velocity is the velocity of the path, as only the exact
+        minimiser of flow matching is: on a flow that was learned for Pendulum this KL was 14% too
+        small, however fine the steps. And the steps are fine: for ten Euler steps it gives half of
+        their KL. `DensityLogRatio` does not assume the first, and `ExecutedLogRatio` assumes
+        neither.
     """
 
     num_probes: int | None = eqx.field(static=True, default=None)
@@ -213,8 +214,8 @@ PathLogRatio.__init__.__doc__ = r"""**Arguments:**
 
 **Other arguments:**
 
-- `solver`, `stepsize_controller`: how to integrate $x$ and $r$ together. By default as the
-    flow does.
+- `solver`, `stepsize_controller`: how to integrate $x$ and $r$ together. The default is the
+    solver of the flow with its steps.
 - `margin`: the integrand is evaluated no closer than this to time 1, where the score is the
     quotient of two numbers that vanish.
 """
@@ -228,7 +229,7 @@ class DensityLogRatio(AbstractLogRatio):
     The first two terms come with the steered trajectory; the last is
     [`fisher_flow.FlowPolicy.log_prob`][], a solve back along the flow itself. No score is read off
     the velocity, so it is exact for learned flows too. Both solves have a solver of their own, so
-    the action is that of the flow in continuous time and not of the few steps that act.
+    the action belongs to the flow in continuous time and not to the few steps that act.
 
     An action costs two solves with a Jacobian of the velocity a step, or one product with it for
     each probe. The probes of both solves are the same, so that most of their error cancels.
@@ -295,7 +296,7 @@ class ExecutedLogRatio(AbstractLogRatio):
 
     A solver with $n$ steps to fixed times is a chain of $n$ maps, and ten Euler steps are another
     sampler than the flow in continuous time. The density of what it draws follows from the
-    determinants of its own steps,
+    determinants of its steps,
 
     $$\log q(x_n) = \log \mathcal N(x_0) - \sum_k \log |\det \nabla F_k(x_k)|, \qquad
         x_{k+1} = F_k(x_k), \quad F_k(x) = x + h_k\,u(t_k, x) \text{ for Euler's method.}$$
@@ -305,8 +306,8 @@ class ExecutedLogRatio(AbstractLogRatio):
     method from the point where the steered trajectory was.
 
     It is exact for any velocity, learned or not, for any explicit Runge-Kutta method of Diffrax,
-    and for the very actions that are drawn. An action costs one Jacobian of the steered step and a
-    handful of Jacobians of the unsteered one, a step: about $8 (d + 1)$ velocities a step for $d$
+    and for the very actions that are drawn. Each step costs one Jacobian of the steered step and
+    several Jacobians of the unsteered step: about $8 (d + 1)$ velocities for an action of $d$
     entries.
 
     The log-ratio is NaN where a map folds (its determinant is not positive), or where no noise is
@@ -409,7 +410,7 @@ def executed_log_prob(
             lax.stop_gradient(guess + y - arrived),
             max_steps,
         )
-        # One more Newton step: it has the derivatives of the inverse, which the search has not.
+        # One more Newton step, through which the derivatives of the inverse pass.
         residual = _step(flow, velocity, ends, x) - y
         x = x - jnp.linalg.solve(J, residual.reshape(-1)).reshape(x.shape)
         _, J = value_and_jacobian(lambda x: _step(flow, velocity, ends, x), x)
@@ -471,21 +472,22 @@ def mean_log_ratio(
 
     $$\mathbb E[r] = \operatorname{KL}(q \,\|\, p), \qquad \mathbb E[e^{-r} - 1] = 0 .$$
 
-    A single $r$ is of first order in the difference of the two policies, though its mean is of
-    second. So $e^{-r} - 1$, whose mean is known and which is $-r$ to first order, is added with
-    the coefficient that leaves least variance. At 0.02 nats this saves 100 times as many actions.
+    A single $r$ is of first order in the difference of the two policies, but its mean is of second
+    order. So $e^{-r} - 1$ is added: its mean is zero, and to first order it is $-r$. Its
+    coefficient is the one that leaves least variance. At 0.02 nats this saves 100 times as many
+    actions.
 
     **Arguments:**
 
-    - `log_ratios`: one number an action of the steered policy. Those that are not finite are left
-        out.
-    - `controls`: further numbers whose mean is zero, such as those of
-        [`fisher_flow.PathLogRatio`][]`.control`, to use instead of $e^{-r} - 1$.
+    - `log_ratios`: one number for each action of the steered policy. Numbers that are not finite
+        are left out.
+    - `controls`: further numbers whose mean is zero, to use instead of $e^{-r} - 1$;
+        [`fisher_flow.PathLogRatio`][]`.control` makes such numbers.
 
     **Other arguments:**
 
-    - `minus`: another estimate of the same KL, one number an action. Then the mean of the
-        difference is returned, and what both have in common is not in its error.
+    - `minus`: another estimate of the same KL, one number for each action. Then the mean of the
+        difference is returned. An error that both estimates share is not in its standard error.
 
     **Returns:**
 
@@ -506,7 +508,7 @@ def mean_log_ratio(
         r = r - jnp.where(known, minus, 0)
     slope = -mean(r * centred) / jnp.where(variance > 0, variance, 1)
     if controls is None and minus is None:
-        # Between 0 and 1 every term is that of a divergence, and few heavy weights do no harm.
+        # Between 0 and 1 a few heavy weights do no harm.
         slope = jnp.clip(slope, 0, 1)
     values = r + lax.stop_gradient(slope) * c
     result = mean(values)

@@ -1,4 +1,4 @@
-"""Certificates of any two policies, whether or not one was refined from the other."""
+"""Certificates of any two policies, also if one was not refined from the other."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ from ._witness import (
 
 
 def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> Certificate:
-    """The certificate of a policy against another one."""
+    """The certificate of a policy against another policy."""
     num_actions, num_witnesses, level = settings
     steered = base is None
     policy: Any = _policy(given)
@@ -82,7 +82,7 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
             key=steps_key,
             **arguments,
         )
-    # A steering holds its radius for the steps that act.
+    # The radius of a steering is the KL of the steps that act.
     measured = by_steps if steered and not jnp.isnan(by_steps.kl) else by_density
     if has_densities:
         kl, kl_stderr = measured.kl, measured.kl_stderr
@@ -102,7 +102,7 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
 
 
 def _certificate(verdict, kl, witnesses, radius, gains, gain, level) -> Certificate:
-    """A certificate without what only a transport map has, such as folds."""
+    """A certificate without the entries that only a transport map has, such as folds."""
     kl, kl_stderr = kl
     improvement, improvement_stderr = gain
     nan, zero = jnp.asarray(np.nan, kl.dtype), jnp.zeros_like(kl)
@@ -153,7 +153,7 @@ def _in_continuous_time(policy: AbstractFlowPolicy, dtype: Any) -> AbstractFlowP
 
 @eqx.filter_jit
 def _steered_log_ratios(policy, base, observations, keys, by_scores) -> LogRatios:
-    """The log-ratios that a steered policy knows of its own actions."""
+    """The log-ratios that a steered policy computes as it draws."""
 
     def one(row):
         o, key = row
@@ -165,8 +165,9 @@ def _steered_log_ratios(policy, base, observations, keys, by_scores) -> LogRatio
 
 @eqx.filter_jit
 def _gains(policy, base, critic, observations, num_per_observation, key):
-    """The gain in the critic's value at every action, and whether all of them are finite. Policies
-    that share their noise have it in common here."""
+    """The gain in the critic's value at every action, and whether all gains are finite. Both
+    policies get the same key, so that policies with the same noise are compared at the same
+    noise."""
 
     def one(o, key):
         a, b = policy.draw(o, key=key), base.draw(o, key=key)
@@ -204,7 +205,7 @@ def _judge(
 @eqx.filter_jit
 def _nearest_neighbours(policy, base, observations, key) -> tuple[Scalar, Scalar]:
     r"""The KL at each of some observations, from the distances of the actions of a policy to their
-    nearest neighbours among its own and among those of the base.
+    nearest neighbours among other actions of the policy and among actions of the base.
 
     ??? cite "Reference"
 

@@ -11,7 +11,7 @@ from ._refined_policy import RefinedPolicy
 from ._witness import is_normalised, is_vague, witnesses
 
 
-# A sampler whose KL is larger than that of its flow by more than this factor is not the flow.
+# A sampler whose KL is larger than the KL of its flow by more than this factor is not the flow.
 MOST_APART = 1.3
 
 
@@ -22,10 +22,10 @@ def correct_length(
     the radius.
 
     The length was settled by scores. A score that is read off a learned velocity is not quite the
-    score of its flow; the densities are exact. Of two KLs the larger one meets the radius: the KL
-    of the flow, and the KL of what the steps of its sampler make, unless these steps are another
-    policy altogether. Nothing is done inside `jax.jit`, after other maps, and where the densities
-    are not known well.
+    score of its flow; the densities are exact. There are two KLs by densities: the KL of the flow,
+    and the KL of the steps of its sampler. The larger one meets the radius, unless the steps differ
+    so much from the flow that they are another policy. Nothing is done inside `jax.jit`, after
+    other maps, and where the densities are not known well.
     """
     method: Any = refined.method
     reached = refined.reached
@@ -44,7 +44,7 @@ def correct_length(
         if unknown or is_vague(witness) or not is_normalised(witness):
             return refined
         kl = float(witness.kl)
-        # Folds may forbid more; and a map that folds little may fold much when it is longer.
+        # Folds may forbid a longer map, and a map that folds little may fold much when longer.
         longest = 1.0 if bool(reached.limited) else 1.1
         factor = min((radius / kl) ** 0.5, longest)
         if abs(factor - 1) < 0.01:

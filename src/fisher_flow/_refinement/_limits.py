@@ -29,8 +29,8 @@ def standard_error(values: Float[Array, "num ..."]) -> Float[Array, "..."]:
 
 
 def binomial_limit(count: int, num: int, level: float) -> float:
-    """The upper confidence limit of a share of which `count` in `num` were seen, exact for
-    independent draws.
+    """The upper confidence limit of a share, after `count` in `num` draws; exact for independent
+    draws.
 
     ??? cite "Reference"
 

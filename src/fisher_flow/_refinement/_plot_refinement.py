@@ -41,14 +41,14 @@ def plot_refinement(
 
     **Arguments:**
 
-    - `policy`: the policy that `refine` returned. Of a chain, the last step is drawn.
+    - `policy`: the policy that `refine` returned. If it is a chain, the last step is drawn.
     - `observation`: one observation, any PyTree of arrays.
 
     **Other arguments:**
 
     - `critic`: by default the one that the policy was refined by.
-    - `metric`: whose ellipses to draw, with the damping of the refinement. By default
-        [`fisher_flow.ObservedInformation`][], by the score of the refinement.
+    - `metric`: the metric whose ellipses are drawn, with the damping of the refinement. By default
+        it is [`fisher_flow.ObservedInformation`][] with the score of the refinement.
     - `limits`: the smallest and largest first entry, and the smallest and largest second entry. By
         default where 99% of the actions of both policies lie, and a margin.
     - `resolution`: the number of points of the density along each axis.
@@ -117,7 +117,7 @@ def plot_refinement(
     )  # fmt: skip
     right.plot(*after[:num_arrows].T, "k.", markersize=3, alpha=0.8)
 
-    # At enough actions for the mean eigenvalue, the unit of the damping.
+    # As many actions as the mean eigenvalue needs, which is the unit of the damping.
     metrics = _metrics(policy, metric, observation, jnp.asarray(before[:512]), metric_key)
     drawn = slice(num_arrows, num_arrows + num_ellipses)
     _draw_ellipses(left, before[drawn], np.asarray(metrics)[drawn], x1 - x0)
@@ -159,8 +159,8 @@ def _grids(policy, observation, limits, resolution, like) -> list[tuple[np.ndarr
 
 
 def _draw_ellipses(axes: Any, centres: np.ndarray, matrices: np.ndarray, width: float) -> None:
-    """All the displacements of one cost, about each centre. At that cost the median ellipse is a
-    twelfth of the plot in width."""
+    """The displacements of one cost, about each centre. At this cost the median ellipse is as wide
+    as a twelfth of the plot."""
     from matplotlib.patches import Ellipse
 
     eigenvalues, directions = np.linalg.eigh(matrices)

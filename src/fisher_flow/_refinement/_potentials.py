@@ -73,11 +73,12 @@ class TiltedAction(AbstractPotential):
         = v(t, x') - v(t, x) - \frac{\dot\sigma}{\sigma} (x' - x).$$
 
     Nothing is linearised in $x$: $\hat x_1(t, x')$ stays among the actions, where a step along the
-    Jacobian overshoots between modes. The slope of a critic that is not linear is taken over the
-    width of the posterior, whose deviation along $g$ is
-    $u = C g / \sqrt{g^\top C g}$, with its covariance $C = (\sigma^2 / \alpha) \nabla \hat x_1$:
-    the gradient at $\hat x_1$, corrected along $u$ such that it gives the difference of the values
-    at $\hat x_1 \pm u$. At two modes of equal weight these two points are the modes.
+    Jacobian overshoots between modes. If the critic is not linear, its slope is taken over the
+    width of the posterior. The posterior has the covariance
+    $C = (\sigma^2 / \alpha) \nabla \hat x_1$, and along $g$ its deviation is
+    $u = C g / \sqrt{g^\top C g}$. The slope is the gradient at $\hat x_1$, corrected along $u$ such
+    that it gives the difference of the values at $\hat x_1 \pm u$. If there are two modes of equal
+    weight, these two points are the modes.
 
     It costs two velocities and a product with the Jacobian of one of them, and a gradient and two
     values of the critic.
@@ -165,7 +166,7 @@ class ProjectedAction(AbstractPotential):
     def __init__(self, jacobian: bool = True):
         r"""**Arguments:**
 
-        - `jacobian`: whether the Jacobian of $\hat x_1$ is that of the flow. Otherwise it is
+        - `jacobian`: whether the Jacobian of $\hat x_1$ is computed from the flow. Otherwise it is
             taken to be $\alpha$, which needs no derivative of the velocity.
         """
         self.jacobian = bool(jacobian)

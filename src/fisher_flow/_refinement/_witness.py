@@ -46,12 +46,12 @@ LARGEST_DIFFERENCE = 0.06
 # Scores that are off by more than this share of the KL are not corrected but doubted.
 MOST_CORRECTED = 0.3
 
-# The share of actions whose density may be unknown, besides those at which a map folds.
+# The share of actions whose density may be unknown, in addition to the share that folds.
 MOST_UNKNOWN = 0.01
 
 
 class Witness(eqx.Module):
-    """A KL that was measured by densities, on actions of its own."""
+    """A KL that was measured by densities, on actions drawn for it alone."""
 
     kl: Scalar
     """Nats; NaN if it was not measured."""
@@ -60,17 +60,17 @@ class Witness(eqx.Module):
     """Its standard error."""
 
     difference: Scalar
-    """How much larger it is than the estimate by scores on the same actions, if there is one."""
+    """How much larger it is than the estimate by scores on the same actions; NaN without one."""
 
     difference_stderr: Scalar
     """Its standard error."""
 
     unknown: Scalar
-    """The share of actions at which one of the two densities is not known: no noise was found from
-    which the base would draw the action, or a map folds there."""
+    """The share of actions at which one of the two densities is not known: the base would draw the
+    action from no noise that was found, or a map folds there."""
 
     normalisation: Scalar
-    """The mean of the inverse ratio of the two densities. It is 1 if both are right."""
+    """The mean of the inverse ratio of the two densities. It is 1 if both densities are right."""
 
     normalisation_stderr: Scalar
     """Its standard error."""
@@ -81,7 +81,7 @@ def absent_witness(dtype: Any) -> Witness:
 
 
 def summarise(log_ratios: Float[Array, " actions"], by_scores: Float[Array, " actions"]) -> Witness:
-    """The KL from the log-ratios of single actions, and from what scores say of the same."""
+    """The KL from the log-ratios of single actions, and its difference from the KL by scores."""
     kl, stderr = mean_log_ratio(log_ratios)
     difference, difference_stderr = mean_log_ratio(log_ratios, minus=by_scores)
     known = jnp.isfinite(log_ratios)
@@ -109,7 +109,7 @@ def in_continuous_time_log_ratios(
     by_scores: ByScores,
 ) -> LogRatios:
     r"""$\log q(a) - \log p(a)$ at actions of a policy $q$, by the densities of two policies in
-    continuous time; and the estimate by scores there. The first uses no score.
+    continuous time; and the estimate by scores there. The log-ratio uses no score.
     """
 
     def one(row):
@@ -129,8 +129,8 @@ def executed_log_ratios(
     keys: Key[Array, " actions"],
     by_scores: ByScores,
 ) -> LogRatios:
-    r"""The same for the samplers that act: the density of what the steps of the flow of each policy
-    make, one by one, followed by its transport maps.
+    r"""The same for the samplers that act. The density follows from the steps of the flow of each
+    policy, one by one, and from its transport maps.
     """
 
     def one(row):
@@ -177,7 +177,7 @@ def witness(
     num_actions: int,
     key: PRNGKeyArray,
 ) -> Witness:
-    """Measures a KL by one of the two functions above, on as many actions as it takes.
+    """Measures a KL by one of the two functions above, on as many actions as are needed.
 
     **Arguments:**
 
@@ -229,7 +229,7 @@ def witnesses(
         field = _FreedDisplacement(refined, fixed)
         refined = RefinedPolicy(free, refined.critic, field, refined.method)
         policy = flow = free
-    # In a chain that holds the KL from the flow, that is the one to compare with.
+    # A chain whose KL is measured from the flow is compared with the flow.
     base = flow if measure.whole_chain else policy
     density_key, steps_key = jr.split(jr.fold_in(key, 1))
     by_steps = absent
@@ -257,7 +257,7 @@ def witnesses(
 
 
 class _FreedDisplacement(AbstractDisplacement):
-    """The displacement of a policy whose constant entries are free."""
+    """The displacement of a policy whose constant entries carry noise."""
 
     refined: RefinedPolicy
     is_constant: Bool[Array, "..."]
@@ -270,7 +270,7 @@ class _FreedDisplacement(AbstractDisplacement):
 
 
 class _ByScores(eqx.Module):
-    """What one action contributes to the KL of a refined policy, by scores."""
+    """The contribution of one action to the KL of a refined policy, by scores."""
 
     refined: RefinedPolicy
 
@@ -299,19 +299,19 @@ def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
 
 
 def is_normalised(witness: Witness) -> bool:
-    """Whether the mean of the inverse ratio is 1, but for chance. Where the policies are far apart
-    that mean is made by actions which are rarely drawn, and tells nothing."""
+    """Whether the mean of the inverse ratio is 1, up to chance. Where the policies are far apart
+    actions that are rarely drawn make up that mean, so it is not used there."""
     off = abs(float(witness.normalisation) - 1) - 4 * float(witness.normalisation_stderr)
     return float(witness.kl) > 1 or off <= LARGEST_DIFFERENCE
 
 
 def are_apart(one: Witness, other: Witness) -> bool:
-    """Whether two witnesses, if both are there, disagree beyond chance."""
+    """Whether two witnesses disagree beyond chance. False if one of them is NaN."""
     larger = max(abs(float(one.kl)), abs(float(other.kl)))
     error = math.hypot(float(one.kl_stderr), float(other.kl_stderr))
     return abs(float(one.kl) - float(other.kl)) > LARGEST_DIFFERENCE * larger + 2 * error
 
 
 def is_vague(witness: Witness) -> bool:
-    """Whether the error of a witness leaves room for more than it should."""
+    """Whether the error of a witness is too large to check the KL by scores."""
     return not float(witness.difference_stderr) <= 2 * RELATIVE_ERROR * abs(float(witness.kl))
