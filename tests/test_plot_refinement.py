@@ -57,7 +57,9 @@ def test_ellipses_have_the_axes_of_the_covariance(drawn):
     refined, figure = drawn
     ellipses = of_kind(figure.axes[0], Ellipse)
     precision = np.linalg.inv(covariance)
-    w, V = np.linalg.eigh(precision + float(refined.displacement_field.damping) * np.eye(2))
+    # The identity of the damping is that of coordinates in which the actions have covariance one.
+    L = np.asarray(refined.method.measure.score.whitening.inverse)
+    w, V = np.linalg.eigh(precision + float(refined.displacement_field.damping) * L.T @ L)
     assert len(ellipses) == 3
     for ellipse in ellipses:
         assert np.allclose(ellipse.width / ellipse.height, np.sqrt(w[1] / w[0]), rtol=0.02)

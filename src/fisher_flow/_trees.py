@@ -6,6 +6,7 @@ import jax
 import jax.core
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
@@ -48,6 +49,33 @@ def as_inexact(x: Any) -> Array:
     """An array of floating point numbers."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
+
+
+def is_half(dtype: Any) -> bool:
+    """Whether it is a floating point dtype of less than 32 bits."""
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
+
+
+def in_full_precision(tree: PyTree[Any]) -> PyTree[Any]:
+    """The PyTree with arrays of half precision, bfloat16 among them, in float32.
+
+    They hold two or three digits: enough to act, but not for a density, nor for the small steps of
+    an optimiser.
+    """
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if is_array(leaf) and is_half(leaf.dtype) else leaf,
+        tree,
+    )
+
+
+def with_dtypes_of(original: PyTree[Any], tree: PyTree[Any]) -> PyTree[Any]:
+    """The PyTree with every array in the dtype that it has in `original`, a PyTree alike."""
+    return jax.tree.map(
+        lambda leaf, other: leaf.astype(other.dtype) if eqx.is_inexact_array(leaf) else leaf,
+        tree,
+        original,
+    )
 
 
 def constant(tree: PyTree[Any]) -> PyTree[Any]:

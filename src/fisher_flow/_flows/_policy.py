@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 from .._checks import check_instance, check_positive_integer, checked_shape
 from .._custom_types import Action, Observation
 from .._linalg import rademacher_probes, value_and_divergence, value_and_jacobian
-from .._trees import as_inexact
+from .._trees import as_inexact, in_full_precision, is_half
 from ._bounds import checked_bounds, clip, TanhBounds
 from ._fixed_steps import check_controller, fixed_times, FixedSteps, has_fixed_steps
 from ._foreign import check_inference
@@ -259,7 +259,10 @@ class FlowPolicy(AbstractFlowPolicy):
             the `Box` of a Gymnasium environment: samples are clipped to it. Or a
             [`fisher_flow.TanhBounds`][]: the flow then makes unbounded variables.
         - `dtype`: the dtype of the actions. By default the dtype of the arrays in `velocity`, else
-            of the observation, else the default of JAX.
+            of the observation but no less than float32, else the default of JAX. With
+            `dtype=jnp.float32` around a network in bfloat16 or float16, points and times are in
+            float32 and the parameters stay as they are. `refine` and `certify` take a policy of
+            half precision in this way, since its own samples are too coarse for densities.
         - `throw`: whether an adaptive solve that does not finish raises an error at run time.
             Otherwise its result is NaN.
 
@@ -335,7 +338,22 @@ class FlowPolicy(AbstractFlowPolicy):
     def given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
         """The velocity at one observation, which is encoded here and not at every call."""
         field = given(self.velocity_field, observation)
-        return lambda t, x: self._checked(field(jnp.asarray(t, x.dtype), x), x)
+        inputs = self.velocity_field, observation
+
+        def velocity(t, x):
+            t = jnp.asarray(t, x.dtype)
+            try:
+                v = field(t, x)
+            except (TypeError, ValueError):
+                leaves = [leaf for leaf in jax.tree.leaves(inputs) if eqx.is_inexact_array(leaf)]
+                if is_half(x.dtype) or not any(is_half(leaf.dtype) for leaf in leaves):
+                    raise
+                # Parameters of half precision that do not mix with others, as in a convolution.
+                network, o = in_full_precision(inputs)
+                v = given(network, o)(t, x)
+            return self._checked(v, x)
+
+        return velocity
 
     def _checked(self, v: Any, x: Action) -> Action:
         if jnp.shape(v) != self.action_shape or jnp.shape(x) != self.action_shape:
@@ -414,7 +432,8 @@ class FlowPolicy(AbstractFlowPolicy):
 
         **Returns:**
 
-        The log-density in nats, a scalar of the dtype of `action`.
+        The log-density in nats, a scalar of the dtype of `action`, or float32 for an action of half
+        precision.
 
         **Raises:**
 
@@ -434,7 +453,7 @@ class FlowPolicy(AbstractFlowPolicy):
             }
             ```
         """
-        action = as_inexact(action)
+        action = in_full_precision(as_inexact(action))
         if num_probes is None:
             probes = None
         else:
@@ -532,10 +551,10 @@ class FlowPolicy(AbstractFlowPolicy):
 
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
     """The dtype of actions: the one that is given, else that of the arrays of the network, else of
-    the observation, else JAX's default."""
+    the observation but no less than float32, else JAX's default."""
     if dtype is not None:
         return dtype
-    for tree in (network, observation):
+    for tree in (network, in_full_precision(observation)):
         leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | np.ndarray)]
         dtypes = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
         if len(dtypes) > 0:
@@ -558,9 +577,10 @@ def _check_same_path(velocity: Any, path: Any) -> None:
 
 
 def as_flow_policy(policy: Any) -> AbstractFlowPolicy:
-    """Accepts anything with `velocity`, `action_shape` and (else linear) `path`."""
+    """Accepts anything with `velocity`, `action_shape` and (else linear) `path`. The actions of the
+    result are of float32 at least."""
     if isinstance(policy, AbstractFlowPolicy):
-        return policy
+        return _in_full_precision(policy)
     if isinstance(policy, type) or not (
         callable(getattr(policy, "velocity", None)) and hasattr(policy, "action_shape")
     ):
@@ -580,9 +600,34 @@ def as_flow_policy(policy: Any) -> AbstractFlowPolicy:
             "`policy` must be a flow policy, or an object with `velocity(t, x, observation)` and "
             f"`action_shape`, but got {arrived}{reason}"
         )
-    return FlowPolicy(
-        policy.velocity,
-        policy.action_shape,
-        path=getattr(policy, "path", LinearPath()),
-        bounds=getattr(policy, "bounds", None),
+    return _in_full_precision(
+        FlowPolicy(
+            policy.velocity,
+            policy.action_shape,
+            path=getattr(policy, "path", LinearPath()),
+            bounds=getattr(policy, "bounds", None),
+        )
     )
+
+
+def _in_full_precision(policy: AbstractFlowPolicy) -> AbstractFlowPolicy:
+    """The policy with a flow whose actions are of float32 at least, from the same parameters."""
+    flow = policy.flow_policy
+    if not isinstance(flow, FlowPolicy):  # a steered one, which was made of such a flow
+        return policy
+    if not is_half(sample_dtype(flow.dtype, flow.velocity_field, None)):
+        return policy
+    full = FlowPolicy(
+        flow.velocity_field,
+        flow.action_shape,
+        path=flow.path,
+        solver=flow.solver,
+        num_steps=flow.num_steps,
+        stepsize_controller=flow.stepsize_controller,
+        adjoint=flow.adjoint,
+        max_steps=flow.max_steps,
+        bounds=flow.bounds,
+        dtype=jnp.float32,
+        throw=flow.throw,
+    )
+    return full if flow is policy else eqx.tree_at(lambda p: p.flow_policy, policy, full)

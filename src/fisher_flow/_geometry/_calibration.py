@@ -389,12 +389,12 @@ def unsettled_score(action: Action, dtype: Any) -> CalibratedScore:
     one = jnp.ones(size, kind)
     dense = 1 < size <= dense_limit
     factor = jnp.eye(size, dtype=kind) if dense else one
-    nan = jnp.asarray(jnp.nan, kind)
+    unknown = jnp.asarray(jnp.inf, kind)
     return CalibratedScore(
         time=jnp.asarray(0.9, kind),
         order=jnp.asarray(2),
-        relative_error=nan,
-        ratio=nan,
+        relative_error=unknown,
+        ratio=unknown,
         ratios=jnp.zeros(_NUM_RATIOS, kind),
         criterion=jnp.zeros((2, _NUM_RATIOS), kind),
         relative_errors=jnp.zeros((2, _NUM_RATIOS), kind),

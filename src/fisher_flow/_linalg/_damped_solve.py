@@ -49,6 +49,18 @@ def damped_solve(
     return jnp.where(finite, solution, jnp.nan)
 
 
+def damped_matrix(
+    operator: lx.AbstractLinearOperator, damping: Scalar
+) -> Float[Array, "size size"]:
+    """The matrix of `operator + damping I`, as a damped solve takes it."""
+    if isinstance(operator, WhitenedOperator):
+        inner = damped_matrix(operator.operator, damping)
+        whitened = lx.MatrixLinearOperator(inner, lx.positive_semidefinite_tag)
+        return WhitenedOperator(whitened, operator.whitening).as_matrix()
+    matrix = lx.materialise(operator).as_matrix()
+    return matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+
+
 def mean_eigenvalue(operator: lx.AbstractLinearOperator, action: Array) -> Scalar:
     """The mean eigenvalue of a metric at an action: exact, or an estimate from one random probe,
     to be averaged over actions. That of a whitened operator is in its own coordinates."""

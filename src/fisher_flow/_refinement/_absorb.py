@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray, PyTree, ScalarLike
 
 from .._checks import check_instance, check_positive_integer
 from .._custom_types import Critic
-from .._flows import AbstractPolicy, as_flow_policy, fit_flow, FlowPolicy
+from .._flows import AbstractFlowPolicy, AbstractPolicy, as_flow_policy, fit_flow, FlowPolicy
 from .._trees import random_rows
 from ._fidelity import checked_held_out, critic_of, measure_fidelity, Refit
 from ._selections import flow_underneath
@@ -83,7 +83,8 @@ def absorb(
     - `ValueError` if an argument is not of its kind, the velocity holds no arrays to train, or
         the policy draws an action that is not finite.
     """
-    policy = policy if isinstance(policy, AbstractPolicy) else as_flow_policy(policy)
+    if isinstance(policy, AbstractFlowPolicy) or not isinstance(policy, AbstractPolicy):
+        policy = as_flow_policy(policy)
     critic = critic_of(policy, critic, observations)
     held_out = checked_held_out(held_out, observations)
     check_positive_integer("num_samples", num_samples, 65_536)

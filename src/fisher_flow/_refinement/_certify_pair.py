@@ -7,8 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
-from jaxtyping import PRNGKeyArray, Scalar
+from jaxtyping import Scalar
 
 from .._checks import batch_length
 from .._flows import AbstractFlowPolicy, AbstractPolicy, as_flow_policy
@@ -22,15 +23,17 @@ from .._geometry import (
 from .._linalg import Whitening
 from ._certificate import Certificate, Verdict
 from ._executed_critic import critic_value
-from ._limits import mean_and_stderr, normal_quantile
+from ._limits import mean_and_stderr, normal_quantile, standard_error
 from ._steering import SteeredPolicy
 from ._witness import (
     absent_witness,
     are_apart,
+    estimate_by_scores,
     executed_log_ratios,
     has_executed_density,
     in_continuous_time_log_ratios,
     is_normalised,
+    known_or_inf,
     largest_size,
     LogRatios,
     MOST_UNKNOWN,
@@ -59,24 +62,23 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
     gains, finite = _gains(policy, base, critic, observations, -(-num_actions // length), gain_key)
     arguments = dict(observations=observations, num_actions=max(num_witnesses, 32))
     by_density = by_steps = absent
-    nowhere = _Nowhere(action.dtype)
     dense = action.size <= largest_size and num_witnesses > 0
     has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (policy, base))
     if has_densities and dense:
         q, p = (_in_continuous_time(_plain(x), action.dtype) for x in (policy, base))
         by_density = witness(
-            in_continuous_time_log_ratios, q, p, by_scores=nowhere, key=density_key, **arguments
+            in_continuous_time_log_ratios, q, p, by_scores=None, key=density_key, **arguments
         )
     if steered and isinstance(policy.log_ratio, ExecutedLogRatio):
         by_steps = witness(
-            _steered_log_ratios, policy, base, by_scores=nowhere, key=steps_key, **arguments
+            _steered_log_ratios, policy, base, by_scores=None, key=steps_key, **arguments
         )
     elif has_densities and dense and has_executed_density(_plain(policy), _plain(base)):
         by_steps = witness(
             executed_log_ratios,
             _plain(policy),
             _plain(base),
-            by_scores=nowhere,
+            by_scores=None,
             key=steps_key,
             **arguments,
         )
@@ -103,13 +105,13 @@ def _certificate(verdict, kl, witnesses, radius, gains, gain, level) -> Certific
     """A certificate without the entries that only a transport map has, such as folds."""
     kl, kl_stderr = kl
     improvement, improvement_stderr = gain
-    nan, zero = jnp.full_like(kl, jnp.nan), jnp.zeros_like(kl)
+    nan, zero = jnp.asarray(np.nan, kl.dtype), jnp.zeros_like(kl)
     return Certificate(
         verdict=verdict,
         kl=kl,
         kl_stderr=kl_stderr,
         kl_by_score=nan,
-        kl_upper=kl + normal_quantile(level) * kl_stderr,
+        kl_upper=jnp.asarray(float(kl) + normal_quantile(level) * float(kl_stderr), kl.dtype),
         kl_predicted=nan,
         radius=radius,
         folded=zero,
@@ -128,15 +130,17 @@ def _certificate(verdict, kl, witnesses, radius, gains, gain, level) -> Certific
         num_actions=gains.size,
         num_observations=gains.shape[0],
         fractions=jnp.ones_like(kl)[None],
-        kl_by_fraction=kl[None],
-        kl_stderr_by_fraction=kl_stderr[None],
+        kl_by_fraction=jnp.asarray([float(kl)], kl.dtype),
+        kl_stderr_by_fraction=jnp.asarray([float(kl_stderr)], kl.dtype),
         gains=gains.reshape(-1),
         **witnesses,
     )
 
 
 def _policy(policy: Any) -> AbstractPolicy:
-    return policy if isinstance(policy, AbstractPolicy) else as_flow_policy(policy)
+    if isinstance(policy, AbstractFlowPolicy) or not isinstance(policy, AbstractPolicy):
+        return as_flow_policy(policy)
+    return policy
 
 
 def _plain(policy: Any) -> AbstractFlowPolicy:
@@ -147,22 +151,14 @@ def _in_continuous_time(policy: AbstractFlowPolicy, dtype: Any) -> AbstractFlowP
     return with_flow(policy, continuous_flow(policy.flow_policy, dtype))
 
 
-class _Nowhere(eqx.Module):
-    """Stands in place of an estimate by scores, where there is not one."""
-
-    dtype: Any = eqx.field(static=True)
-
-    def __call__(self, observation: Any, key: PRNGKeyArray) -> Scalar:
-        return jnp.asarray(jnp.nan, self.dtype)
-
-
 @eqx.filter_jit
 def _steered_log_ratios(policy, base, observations, keys, by_scores) -> LogRatios:
     """The log-ratios that a steered policy computes as it draws."""
 
     def one(row):
         o, key = row
-        return policy.draw_and_log_ratio(o, key=key).log_ratio, by_scores(o, key)
+        log_ratio = known_or_inf(policy.draw_and_log_ratio(o, key=key).log_ratio)
+        return log_ratio, estimate_by_scores(by_scores, o, key)
 
     return lax.map(one, (observations, keys), batch_size=64)
 
@@ -247,4 +243,4 @@ def _nearest_neighbours(policy, base, observations, key) -> tuple[Scalar, Scalar
         return whitening.rank * jnp.mean(ratio) + math.log(num / (num - 1))
 
     kls = lax.map(of_observation, (observations, jr.split(key, num_observations)))
-    return jnp.mean(kls), jnp.std(kls, ddof=1) / math.sqrt(num_observations)
+    return jnp.mean(kls), standard_error(kls)

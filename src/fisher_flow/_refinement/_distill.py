@@ -13,7 +13,7 @@ from .._custom_types import Critic
 from .._fit import apply_gradient, decaying_adam, fit
 from .._flows import as_flow_policy, OneStepPolicy
 from .._networks import AbstractEncoder, ActionMLP, make_encoder
-from .._trees import random_rows
+from .._trees import in_full_precision, random_rows, with_dtypes_of
 from ._fidelity import checked_held_out, critic_of, measure_fidelity, Refit
 from ._selections import AbstractSelection
 
@@ -129,7 +129,9 @@ def distill(
             "distill(policy, observations, encoder=fisher_flow.ImpalaEncoder(), key=key)",
         )
         network = ActionMLP(observation, action, width_size, depth, encoder=encode, key=network_key)
-    student = OneStepPolicy(network, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
+    original: Any = network
+    lifted: Any = in_full_precision(network)
+    student = OneStepPolicy(lifted, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
     parameters = eqx.filter(student, eqx.is_inexact_array)
     if len(jax.tree.leaves(parameters)) == 0:
         raise ValueError(
@@ -146,6 +148,8 @@ def distill(
         progress=progress,
         description="distillation",
     )
+    trained = with_dtypes_of(original, student.network)
+    student = eqx.tree_at(lambda student: student.network, student, trained)
     return Refit(student, measure_fidelity(policy, student, critic, held_out, key=measure_key))
 
 

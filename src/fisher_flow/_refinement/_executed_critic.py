@@ -6,6 +6,7 @@ from jaxtyping import Scalar
 
 from .._custom_types import Action, Critic, Observation
 from .._flows import AbstractPolicy, TanhBounds
+from .._trees import in_full_precision
 
 
 def check_critic(critic: Any) -> None:
@@ -50,4 +51,4 @@ def _scalar_value(critic: Critic, observation: Observation, action: Action) -> S
             "`critic(observation, action)` must return a scalar for one observation and one "
             f"action, but it returned shape {jnp.shape(value)}. Write `critic={example}`."
         )
-    return jnp.asarray(value)
+    return in_full_precision(jnp.asarray(value))

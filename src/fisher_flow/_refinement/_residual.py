@@ -17,7 +17,7 @@ from .._fit import apply_gradient, fit
 from .._flows import AbstractFlowPolicy
 from .._geometry import AbstractCost, FisherRao, in_continuous_time, TransportKL, with_flow
 from .._networks import AbstractEncoder, zero_network
-from .._trees import finite_or_zero, random_rows
+from .._trees import finite_or_zero, in_full_precision, random_rows
 from ._correct_length import correct_length
 from ._executed_critic import critic_gradient
 from ._meet_radius import linearised_fields, meet_radius, over_batch
@@ -123,7 +123,7 @@ class Residual(AbstractTransport):
             )
         network_key, scale_key, train_key, calibration_key = jr.split(key, 4)
         observations = jax.tree.map(jnp.asarray, observations)
-        network = self.network
+        network = in_full_precision(self.network)
         if network is None:
             observation = jax.tree.map(lambda leaf: leaf[0], observations)
             action = eqx.filter_eval_shape(lambda key: policy.draw(observation, key=key), key)

@@ -31,7 +31,8 @@ from ._refined_policy import RefinedPolicy
 LogRatios: TypeAlias = tuple[Float[Array, " actions"], Float[Array, " actions"]]
 
 # `by_scores(observation, key)`: the KL at the action that is drawn with this key, by scores.
-ByScores: TypeAlias = Callable[[Any, Any], Scalar]
+# `None` if there is no estimate by scores.
+ByScores: TypeAlias = Callable[[Any, Any], Scalar] | None
 
 # Densities of larger actions take a product for every entry and every step.
 largest_size = 64
@@ -115,7 +116,7 @@ def in_continuous_time_log_ratios(
         o, key = row
         action, log_q = policy.draw_and_log_prob(o, key=key)
         log_p: Array = base.log_prob(o, action)
-        return log_q - log_p, by_scores(o, key)
+        return known_or_inf(log_q - log_p), estimate_by_scores(by_scores, o, key)
 
     return lax.map(one, (observations, keys), batch_size=64)
 
@@ -140,9 +141,20 @@ def executed_log_ratios(
         c = base.to_flow(o, action)
         _, base_log_det = _mapped(base, o, c)
         base_log_p = executed_log_prob(base_flow, base_flow.given(o), c, points)
-        return log_p - log_det - (base_log_p - base_log_det), by_scores(o, key)
+        log_ratio = known_or_inf(log_p - log_det - (base_log_p - base_log_det))
+        return log_ratio, estimate_by_scores(by_scores, o, key)
 
     return lax.map(one, (observations, keys), batch_size=64)
+
+
+def known_or_inf(log_ratio: Scalar) -> Scalar:
+    """A log-ratio, infinite where it is not known: `jax_debug_nans` takes a NaN for a fault."""
+    return jnp.where(jnp.isnan(log_ratio), jnp.inf, log_ratio)
+
+
+def estimate_by_scores(by_scores: ByScores, observation: Any, key: PRNGKeyArray) -> Scalar:
+    """The estimate by scores; zero if there is none."""
+    return jnp.zeros(()) if by_scores is None else by_scores(observation, key)
 
 
 def _mapped(policy, observation, action) -> tuple[Array, Scalar]:
@@ -184,7 +196,11 @@ def witness(
         keys = jr.split(jr.fold_in(key, i), num_actions)
         parts.append(log_ratios(policy, base, o, keys, by_scores))
         result = summarise(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
-        stderr = jnp.where(jnp.isnan(result.difference), result.kl_stderr, result.difference_stderr)
+        stderr = result.kl_stderr if by_scores is None else result.difference_stderr
+        if by_scores is None:
+            nothing = jnp.asarray(jnp.nan, result.kl.dtype)
+            entries = lambda result: (result.difference, result.difference_stderr)
+            result = eqx.tree_at(entries, result, (nothing, nothing))
         if stderr <= RELATIVE_ERROR * jnp.abs(result.kl):
             break
     return result
@@ -293,7 +309,7 @@ def are_apart(one: Witness, other: Witness) -> bool:
     """Whether two witnesses disagree beyond chance. False if one of them is NaN."""
     larger = max(abs(float(one.kl)), abs(float(other.kl)))
     error = math.hypot(float(one.kl_stderr), float(other.kl_stderr))
-    return abs(float(one.kl - other.kl)) > LARGEST_DIFFERENCE * larger + 2 * error
+    return abs(float(one.kl) - float(other.kl)) > LARGEST_DIFFERENCE * larger + 2 * error
 
 
 def is_vague(witness: Witness) -> bool:
