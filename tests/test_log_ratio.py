@@ -10,6 +10,7 @@ from helpers import (
     dtypes,
     gaussian,
     gaussian_kl,
+    log_ratios,
     random_covariance,
     UserPath,
     within,
@@ -18,11 +19,6 @@ from helpers import (
 import fisher_flow as ff
 
 
-log_ratios = [
-    ff.PathLogRatio(solver=diffrax.Heun()),
-    ff.DensityLogRatio(),
-    ff.ExecutedLogRatio(),
-]
 by_name = pytest.mark.parametrize("log_ratio", log_ratios, ids=lambda x: type(x).__name__)
 
 
@@ -103,13 +99,21 @@ def test_path_and_density_agree_on_a_mixture(getkey):
     assert np.allclose(by_steps, by_density, atol=5e-3)
 
 
-@pytest.mark.parametrize("solver", [diffrax.Euler(), diffrax.Midpoint()], ids=["euler", "midpoint"])
-def test_kl_of_the_sampler_that_acts(solver):
+@pytest.mark.parametrize(
+    "steps",
+    [
+        dict(solver=diffrax.Euler(), num_steps=10),
+        dict(solver=diffrax.Midpoint(), num_steps=10),
+        dict(stepsize_controller=diffrax.StepTo(ts=jnp.linspace(0, 1, 11) ** 0.8)),
+    ],
+    ids=["euler", "midpoint", "uneven"],
+)
+def test_kl_of_the_sampler_that_acts(steps):
     # In one dimension: change of variables of both samplers on a grid of noises.
     mixture = bimodal_1d()
-    policy = mixture.policy(solver=solver, num_steps=10)
+    policy = mixture.policy(**steps)
     steered = bent(lambda t, x: policy.velocity(t, x, None), strength=1.0)
-    moved = ff.FlowPolicy(lambda t, x, o: sum(steered(t, x)), (1,), solver=solver, num_steps=10)
+    moved = ff.FlowPolicy(lambda t, x, o: sum(steered(t, x)), (1,), **steps)
     grid, step = jnp.linspace(-6, 6, 2401, retstep=True)
 
     @jax.jit
@@ -209,7 +213,8 @@ def test_derivative_in_the_strength(log_ratio, getkey):
 
 
 def test_steps_that_cannot_be_inverted_are_refused():
-    policy = bimodal().policy(stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3))
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    policy = bimodal().policy(solver=diffrax.Tsit5(), stepsize_controller=controller)
     steered = lambda t, x: (policy.velocity(t, x, None), jnp.zeros_like(x))
     with pytest.raises(ValueError, match="DensityLogRatio"):
         ff.ExecutedLogRatio()(policy, steered, None, jnp.zeros(2))

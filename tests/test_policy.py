@@ -10,12 +10,16 @@ import pytest
 from helpers import (
     bimodal,
     bimodal_1d,
+    correlated,
+    Critic,
     dtypes,
     gaussian,
     observed_order,
-    paths,
+    policies,
     random_covariance,
+    shifted_policy,
     tree_allclose,
+    UserPath,
     within,
 )
 
@@ -27,8 +31,15 @@ def as_tolerances(dtype):
     return dict(rtol=1e-5, atol=1e-5) if dtype == jnp.float64 else dict(rtol=1e-3, atol=1e-3)
 
 
-@dtypes
-@pytest.mark.parametrize("path", paths, ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize(
+    "path, dtype",
+    [
+        (ff.LinearPath(), jnp.float64),
+        (ff.LinearPath(), jnp.float32),
+        (ff.CosinePath(), jnp.float32),
+        (UserPath(), jnp.float64),
+    ],
+)
 def test_log_prob_of_a_correlated_gaussian(path, dtype, getkey):
     base = gaussian([0.5, -1.0, 0.2], random_covariance(getkey(), 3), dtype)
     policy, actions = base.policy(path), base.sample(20, getkey())
@@ -105,6 +116,53 @@ def test_adaptive_steps(dtype, getkey):
     assert np.allclose(x, exact_flow(base, noise), rtol=100 * tol, atol=100 * tol)
 
 
+@dtypes
+def test_steps_to_uneven_times(dtype, getkey):
+    base = gaussian([0.5, -1.0], [[0.5, 0.3], [0.3, 0.9]], dtype)
+    ts = np.asarray([0, 0.4, 0.7, 0.9, 1], dtype)
+    policy = base.policy(stepsize_controller=diffrax.StepTo(ts=ts), num_steps=3)
+    noise = expected = jr.normal(getkey(), (2,), dtype)
+    for t0, t1 in zip(ts[:-1], ts[1:], strict=True):
+        expected = expected + (t1 - t0) * policy.velocity(t0, expected, None)
+    tol = 1e-13 if dtype == jnp.float64 else 1e-6
+    assert tree_allclose(eqx.filter_jit(policy.flow)(None, noise), expected, rtol=tol, atol=tol)
+
+
+@dtypes
+def test_controllers_with_times_of_their_own(dtype, getkey):
+    # In either direction, in 64 bits or not, the times fit those of the solve.
+    base = gaussian([0.5, -1.0], [[0.5, 0.3], [0.3, 0.9]], dtype)
+    noise = jr.normal(getkey(), (2,), dtype)
+    fine = diffrax.PIDController(rtol=1e-6, atol=1e-6)
+    for controller in (
+        diffrax.ClipStepSizeController(fine, step_ts=[0.3, 0.9], jump_ts=jnp.asarray([0.5])),
+        diffrax.StepTo(ts=jnp.linspace(0, 1, 41) ** 0.8),
+        diffrax.StepTo(ts=jnp.cumsum(jnp.full(33, 1 / 32)) - 1 / 32),
+    ):
+        policy = base.policy(solver=diffrax.Tsit5(), stepsize_controller=controller)
+        action = policy.flow(None, noise)
+        assert tree_allclose(action, exact_flow(base, noise), rtol=1e-4, atol=1e-4)
+        log_p = policy.log_prob(
+            None, action, solver=diffrax.Tsit5(), stepsize_controller=controller
+        )
+        assert tree_allclose(log_p, base.log_prob(action), rtol=1e-3, atol=1e-3)
+    falling = diffrax.StepTo(ts=jnp.linspace(1, 0, 41))
+    log_p = policy.log_prob(None, action, solver=diffrax.Tsit5(), stepsize_controller=falling)
+    assert tree_allclose(log_p, base.log_prob(action), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ts", [[0, 0.5, 0.4, 1], [0, 2.5, 5, 10], [0.1, 0.5, 1]], ids=str)
+def test_times_that_do_not_lead_from_noise_to_action(ts):
+    with pytest.raises(ValueError, match=r"`stepsize_controller=diffrax.StepTo\(ts="):
+        bimodal().policy(stepsize_controller=diffrax.StepTo(ts=jnp.asarray(ts)))
+
+
+def test_steps_that_nothing_can_adapt():
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"`solver=diffrax.Tsit5\(\)`"):
+        bimodal().policy(stepsize_controller=controller)
+
+
 @pytest.mark.parametrize(
     "adjoint, differentiate",
     [(diffrax.RecursiveCheckpointAdjoint(), jax.jacrev), (diffrax.ForwardMode(), jax.jacfwd)],
@@ -167,15 +225,25 @@ def test_the_same_key_gives_the_same_sample(getkey):
     assert not np.array_equal(first, policy.sample(None, key=getkey()))
 
 
-@dtypes
-def test_samples_are_held_to_the_bounds(dtype, getkey):
-    low, high = jnp.asarray([-0.5, -1.0], dtype), 0.3
-    policy = gaussian([0.0, 0.0], np.eye(2), dtype).policy(bounds=(low, high))
-    keys = jr.split(getkey(), 200)
-    samples = jax.vmap(lambda key: policy.sample(None, key=key))(keys)
-    free = jax.vmap(lambda key: policy.draw(None, key=key))(keys)
-    assert samples.dtype == dtype
-    assert np.all(samples >= low[None]) and np.all(samples <= np.asarray(high, dtype))
+low, high = np.array([-0.5, -1.0]), 0.3
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [*((name, jnp.float32) for name in policies), ("FlowPolicy", jnp.float64)]
+)
+def test_samples_are_draws_held_to_the_bounds(name, dtype, getkey):
+    flow = shifted_policy(correlated(dtype), bounds=(low, high))
+    policy = policies[name](flow, Critic([0.8, -0.5], dtype))
+    keys, o = jr.split(getkey(), 50), jnp.full(2, 0.2, dtype)
+
+    @jax.jit
+    @jax.vmap
+    def both(key):
+        return policy.sample(o, key=key), policy.draw(o, key=key)
+
+    samples, free = both(keys)
+    assert samples.shape == (50, 2) and samples.dtype == dtype
+    assert np.all(samples >= low.astype(dtype)) and np.all(samples <= dtype(high))
     assert np.allclose(samples, np.clip(free, low, high), rtol=1e-5, atol=1e-5)
     assert np.any(samples != free)
 

@@ -9,6 +9,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
@@ -33,6 +34,9 @@ def fit(
 
     The chunk is compiled once for all of them and for later calls of the same shapes, provided
     that `update` is a function of a module: a closure would be new, and compiled, at every call.
+
+    The first entry of `state`, or all of it, is what is trained. If that ends in NaN, an error is
+    raised.
     """
     from tqdm.auto import tqdm  # only here: it is slow to import
 
@@ -43,8 +47,29 @@ def fit(
             state, logs = run_chunk(update, args, state, jnp.asarray(start), jnp.asarray(stop), key)
             if progress and not any(isinstance(x, jax.core.Tracer) for x in logs.values()):
                 bar.set_postfix({name: f"{float(value):.3g}" for name, value in logs.items()})
+            model = state[0] if isinstance(state, tuple) else state
+            _check_finite(model, description, num_updates=stop)
             bar.update(stop - start)
     return state
+
+
+def _check_finite(model: PyTree[Any], description: str, num_updates: int) -> None:
+    """Raises an error if a parameter is NaN, unless the fit is being traced."""
+    leaves = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array | np.ndarray)]
+    leaves = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if any(isinstance(x, jax.core.Tracer) for x in leaves) or not _any_nan(leaves):
+        return
+    raise FloatingPointError(
+        f"The fit of the {description} ended in NaN before update {num_updates}. Likely causes: "
+        "(a) the learning rate is too high, (b) the data or the values of the critic are not "
+        "finite, or far from order one, (c) the velocity is not finite at times 0 or 1. Write a "
+        "lower `learning_rate=1e-4`, or scale the data by `Normaliser.fit(transitions)`."
+    )
+
+
+@jax.jit
+def _any_nan(leaves: list[Array]) -> Array:
+    return jnp.any(jnp.asarray([jnp.any(jnp.isnan(x)) for x in leaves], bool))
 
 
 @eqx.filter_jit

@@ -6,6 +6,7 @@ import jax
 import jax.core
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
@@ -32,12 +33,12 @@ def plain(tree: PyTree[Any]) -> PyTree[Any]:
 
 
 def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
-    """Lays PyTrees of arrays side by side in one vector, for the input of a network."""
+    """Joins the arrays of PyTrees in one vector, for the input of a network."""
     return jax.flatten_util.ravel_pytree(plain(trees))[0]
 
 
 def fold_in_values(key: PRNGKeyArray, tree: PyTree[Any]) -> PRNGKeyArray:
-    """A key of its own for every value of a PyTree of arrays."""
+    """A key that depends on every value of a PyTree of arrays."""
     values = jax.lax.stop_gradient(ravel_inputs(tree)).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1  # else permutations would agree
@@ -50,6 +51,33 @@ def as_inexact(x: Any) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
+def is_half(dtype: Any) -> bool:
+    """Whether it is a floating point dtype of less than 32 bits."""
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
+
+
+def in_full_precision(tree: PyTree[Any]) -> PyTree[Any]:
+    """The PyTree with arrays of half precision, bfloat16 among them, in float32.
+
+    They hold two or three digits: enough to act, but not for a density, nor for the small steps of
+    an optimiser.
+    """
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if is_array(leaf) and is_half(leaf.dtype) else leaf,
+        tree,
+    )
+
+
+def with_dtypes_of(original: PyTree[Any], tree: PyTree[Any]) -> PyTree[Any]:
+    """The PyTree with every array in the dtype that it has in `original`, a PyTree alike."""
+    return jax.tree.map(
+        lambda leaf, other: leaf.astype(other.dtype) if eqx.is_inexact_array(leaf) else leaf,
+        tree,
+        original,
+    )
+
+
 def constant(tree: PyTree[Any]) -> PyTree[Any]:
     """Lets no gradient through the arrays of a PyTree."""
     return jax.tree.map(
@@ -60,8 +88,8 @@ def constant(tree: PyTree[Any]) -> PyTree[Any]:
 def finite_or_zero(x: Array) -> tuple[Array, Array]:
     """`x` where all of it is finite, zero otherwise; and whether it was.
 
-    One bad entry discards the whole of `x`, since a displacement with some of its entries
-    removed points somewhere that nobody asked for.
+    One bad entry discards the whole of `x`: without some of its entries, a displacement points in
+    another direction.
     """
     finite = jnp.all(jnp.isfinite(x))
     return jnp.where(finite, x, jnp.zeros_like(x)), finite

@@ -15,6 +15,7 @@ from .._checks import (
 )
 from .._custom_types import Action, Data, Observation
 from .._fit import apply_gradient, decaying_adam, fit
+from .._trees import in_full_precision, with_dtypes_of
 from ._policy import FlowPolicy
 
 
@@ -91,11 +92,12 @@ def fit_flow(
 ) -> FlowPolicy:
     """Fits a flow policy to logged observations and actions: behaviour cloning by flow matching.
 
-    All the data are kept on the device, and the updates run there in chunks.
+    All data are kept on the device, and the updates run there, many in one program.
 
     **Arguments:**
 
-    - `policy`: the policy to start from. Its arrays are trained; it is not modified.
+    - `policy`: the policy to start from. Its arrays are trained, in float32 if they are of half
+        precision, and returned in the dtypes that they have; it is not modified.
     - `observations`: the observations, any PyTree of arrays with a leading axis.
     - `actions`: the actions taken there, in the same order. For a policy with
         [`fisher_flow.TanhBounds`][] pass `bounds.unproject(actions)`.
@@ -107,7 +109,7 @@ def fit_flow(
 
     - `num_updates`: the number of gradient steps.
     - `batch_size`: the number of rows in each, drawn with replacement.
-    - `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.
+    - `learning_rate`: the initial rate of Adam. It falls to zero along a cosine.
     - `progress`: whether to show a progress bar with the loss.
     - `key`: a `jax.random.key`; the same key gives the same policy.
 
@@ -118,14 +120,14 @@ def fit_flow(
     **Raises:**
 
     - `ValueError` if lengths or shapes do not match.
-    - An error at run time if the data hold a value that is not finite.
+    - `FloatingPointError` if the training ends in NaN.
     """
     check_instance("policy", policy, FlowPolicy, "fisher_flow.FlowPolicy(velocity, action_shape)")
     check_equal_lengths(observations=observations, actions=actions)
     check_positive_integer("num_updates", num_updates, 20_000)
     check_positive_integer("batch_size", batch_size, 256)
     check_at_least("learning_rate", learning_rate, 0, 1e-3)
-    # An array, so that another rate is no reason to compile again.
+    # An array, so that another rate does not compile again.
     learning_rate = jnp.asarray(learning_rate)
     observations, actions = jax.tree.map(jnp.asarray, (observations, actions))
     check_batch_of_actions(actions, policy.action_shape)
@@ -145,6 +147,9 @@ def fit_flow(
             "`observations` and `actions` must be finite, but some entries are not. Drop those "
             "rows: `keep = jnp.isfinite(actions).all(-1)`, then `actions=actions[keep]`."
         )
+    original = policy.velocity_field
+    policy = eqx.tree_at(lambda policy: policy.velocity_field, policy, in_full_precision(original))
+    actions = in_full_precision(actions)
     parameters = eqx.filter(policy.velocity_field, eqx.is_inexact_array)
     if len(jax.tree.leaves(parameters)) == 0:
         raise ValueError(
@@ -164,7 +169,8 @@ def fit_flow(
         progress=progress,
         description="behaviour flow",
     )
-    return policy
+    field = with_dtypes_of(original, policy.velocity_field)
+    return eqx.tree_at(lambda policy: policy.velocity_field, policy, field)
 
 
 def _update(args, state, key, step):
@@ -174,6 +180,7 @@ def _update(args, state, key, step):
     row_key, loss_key = jr.split(key)
     rows = jr.randint(row_key, (batch_size,), 0, actions.shape[0])
     batch = jax.tree.map(lambda leaf: leaf[rows], (observations, actions, action_masks))
+    batch = in_full_precision(batch)
 
     @eqx.filter_value_and_grad
     def loss_and_gradient(policy):

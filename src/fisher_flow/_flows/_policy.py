@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from equinox import AbstractVar
-from jaxtyping import Array, PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 from .._checks import check_instance, check_positive_integer, checked_shape
 from .._custom_types import Action, Observation
 from .._linalg import rademacher_probes, value_and_divergence, value_and_jacobian
-from .._trees import as_inexact
+from .._trees import as_inexact, in_full_precision, is_half
 from ._bounds import checked_bounds, clip, TanhBounds
-from ._even_steps import EvenSteps
+from ._fixed_steps import check_controller, fixed_times, FixedSteps, has_fixed_steps
 from ._foreign import check_inference
 from ._given import given
 from ._path import AbstractAffineGaussianPath, LinearPath
@@ -37,9 +37,9 @@ class AbstractPolicy(eqx.Module):
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
         """Draws an action *before* it is held to the bounds.
 
-        This is the variable whose density the geometry speaks of: a density cannot describe the
-        atoms that clipping leaves at the bounds. Clipping two policies alike never increases
-        their KL, so what is bounded here is bounded for the actions that are executed too.
+        Densities, scores and KLs are those of this variable: clipping leaves atoms at the bounds,
+        which no density describes. Clipping two policies alike never increases their KL. So a bound
+        on the KL of these actions is a bound for the executed actions too.
 
         **Arguments:**
 
@@ -79,7 +79,7 @@ class AbstractPolicy(eqx.Module):
 class AbstractFlowPolicy(AbstractPolicy):
     """Abstract base class for policies with a density, and so with a score.
 
-    Either a flow itself, or a flow followed by transport maps.
+    Such a policy is a flow, or a flow followed by transport maps, which move each action.
     """
 
     @property
@@ -125,8 +125,8 @@ class AbstractFlowPolicy(AbstractPolicy):
     ) -> tuple[Action, Scalar]:
         r"""Draws an action before its bounds, together with its log-density.
 
-        The density needs no inverse: the action is known to come from one of the flow, and
-        $\log \pi(T(b)) = \log \pi_0(b) - \log |\det \nabla T(b)|$ through all transport maps.
+        The density needs no inverse, since the action $b$ of the flow is known. With $T$ for all
+        transport maps together, $\log \pi(T(b)) = \log \pi_0(b) - \log |\det \nabla T(b)|$.
 
         **Arguments:**
 
@@ -136,12 +136,13 @@ class AbstractFlowPolicy(AbstractPolicy):
 
         **Returns:**
 
-        The action, and its log-density in nats; NaN where a map folds. For the action of
-        [`fisher_flow.TanhBounds`][], subtract `bounds.log_det(action)`.
+        The action, and its log-density in nats. The density is NaN where a map folds: there two
+        actions are moved to one. With [`fisher_flow.TanhBounds`][], subtract
+        `bounds.log_det(action)` for the density of the executed action.
 
         **Raises:**
 
-        - As `log_prob`.
+        - What `log_prob` raises.
         """
         flow = self.flow_policy
         b = flow.draw(observation, key=key)
@@ -238,9 +239,9 @@ class FlowPolicy(AbstractFlowPolicy):
         """**Arguments:**
 
         - `velocity`: called as `velocity(t, x, observation)` for one sample; returns an array like
-            `x`. Any callable: an `equinox.Module`, or a plain function. If it has a method
-            `given(observation)`, which returns the velocity there as a function of `t` and `x`,
-            each solve calls that once, so that an image is encoded once for all steps.
+            `x`. Any callable: an `equinox.Module`, or a plain function. It may have a method
+            `given(observation)` that returns the velocity as a function of `t` and `x`. Each solve
+            calls that once, so an image is encoded once for all steps.
         - `action_shape`: the shape of one action, for example `(5,)`, or `(16, 7)` for a chunk.
 
         **Other arguments:**
@@ -249,21 +250,26 @@ class FlowPolicy(AbstractFlowPolicy):
         - `solver`: any Diffrax solver for ordinary differential equations.
         - `num_steps`: the number of steps of equal length; with an adaptive
             `stepsize_controller`, the first step tried is `1 / num_steps`.
-        - `stepsize_controller`: any Diffrax step-size controller.
+        - `stepsize_controller`: any Diffrax step-size controller. With `diffrax.StepTo(ts=ts)` the
+            steps lead to the times `ts`, from 0 to 1, and `num_steps` has no effect.
         - `adjoint`: how Diffrax differentiates through `sample`. The default supports reverse
             mode; for forward mode pass `diffrax.ForwardMode()`.
         - `max_steps`: the number of steps after which an adaptive solve gives up with an error.
         - `bounds`: `None`, or `(low, high)`, each a number or an array of shape `action_shape`, or
             the `Box` of a Gymnasium environment: samples are clipped to it. Or a
-            [`fisher_flow.TanhBounds`][]: the flow is one of unbounded variables.
-        - `dtype`: the dtype of the actions. By default that of the arrays in `velocity`, else that
-            of the observation, else JAX's default.
+            [`fisher_flow.TanhBounds`][]: the flow then makes unbounded variables.
+        - `dtype`: the dtype of the actions. By default the dtype of the arrays in `velocity`, else
+            of the observation but no less than float32, else the default of JAX. With
+            `dtype=jnp.float32` around a network in bfloat16 or float16, points and times are in
+            float32 and the parameters stay as they are. `refine` and `certify` take a policy of
+            half precision in this way, since its own samples are too coarse for densities.
         - `throw`: whether an adaptive solve that does not finish raises an error at run time.
             Otherwise its result is NaN.
 
         **Raises:**
 
-        - `ValueError` if an argument is not of its kind, or `low` is not below `high`.
+        - `ValueError` if an argument is not of its kind, `low` is not below `high`, or `solver` and
+            `stepsize_controller` do not fit together.
         """
         if not callable(velocity) or isinstance(velocity, type):
             raise ValueError(
@@ -280,6 +286,7 @@ class FlowPolicy(AbstractFlowPolicy):
             diffrax.AbstractStepSizeController,
             "diffrax.ConstantStepSize()",
         )
+        check_controller(solver, stepsize_controller)
         check_instance(
             "adjoint", adjoint, diffrax.AbstractAdjoint, "diffrax.RecursiveCheckpointAdjoint()"
         )
@@ -331,7 +338,22 @@ class FlowPolicy(AbstractFlowPolicy):
     def given(self, observation: Observation) -> Callable[[ScalarLike, Action], Action]:
         """The velocity at one observation, which is encoded here and not at every call."""
         field = given(self.velocity_field, observation)
-        return lambda t, x: self._checked(field(jnp.asarray(t, x.dtype), x), x)
+        inputs = self.velocity_field, observation
+
+        def velocity(t, x):
+            t = jnp.asarray(t, x.dtype)
+            try:
+                v = field(t, x)
+            except (TypeError, ValueError):
+                leaves = [leaf for leaf in jax.tree.leaves(inputs) if eqx.is_inexact_array(leaf)]
+                if is_half(x.dtype) or not any(is_half(leaf.dtype) for leaf in leaves):
+                    raise
+                # Parameters of half precision that do not mix with others, as in a convolution.
+                network, o = in_full_precision(inputs)
+                v = given(network, o)(t, x)
+            return self._checked(v, x)
+
+        return velocity
 
     def _checked(self, v: Any, x: Action) -> Action:
         if jnp.shape(v) != self.action_shape or jnp.shape(x) != self.action_shape:
@@ -404,12 +426,14 @@ class FlowPolicy(AbstractFlowPolicy):
         - `num_probes`: `None` for the exact divergence, at a cost that grows with the size of the
             action; or the number of random probes of Hutchinson's estimate.
         - `solver`, `stepsize_controller`: how to integrate. By default Tsitouras' 5(4) method with
-            tolerances of 1e-5 (float32) or 1e-7 (float64).
+            tolerances of 1e-5 (float32) or 1e-7 (float64). The times of a `diffrax.StepTo` may
+            rise from 0 to 1 or fall from 1 to 0.
         - `key`: a `jax.random.key` for the probes; needed only with `num_probes`.
 
         **Returns:**
 
-        The log-density in nats, a scalar of the dtype of `action`.
+        The log-density in nats, a scalar of the dtype of `action`, or float32 for an action of half
+        precision.
 
         **Raises:**
 
@@ -429,7 +453,7 @@ class FlowPolicy(AbstractFlowPolicy):
             }
             ```
         """
-        action = as_inexact(action)
+        action = in_full_precision(as_inexact(action))
         if num_probes is None:
             probes = None
         else:
@@ -481,15 +505,21 @@ class FlowPolicy(AbstractFlowPolicy):
         # Times carry the dtype of the state: otherwise, with 64-bit floats enabled, Diffrax
         # promotes a float32 state to float64.
         t0, t1 = (0, 1) if direction > 0 else (1, 0)
-        if isinstance(stepsize_controller, diffrax.ConstantStepSize):
+        check_controller(solver, stepsize_controller)
+        if has_fixed_steps(stepsize_controller):
             # Rounded steps may leave a sliver at the end; stepping to given times cannot.
-            ts = jnp.linspace(t0, t1, self.num_steps + 1, dtype=dtype)
-            stepsize_controller, dt0 = EvenSteps(ts), None
+            ts = fixed_times(stepsize_controller, self.num_steps, dtype)
+            stepsize_controller, dt0 = FixedSteps(ts[::direction]), None
             steps_arrive = True
-            max_steps = self.num_steps
+            max_steps = len(ts) - 1
             throw = isinstance(solver, diffrax.AbstractImplicitSolver)  # explicit steps arrive
         else:
             dt0 = jnp.asarray(direction / self.num_steps, dtype)
+            # Times of its own, which Diffrax compares with those of the solve.
+            stepsize_controller = jax.tree.map(
+                lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf,
+                stepsize_controller,
+            )
             max_steps = self.max_steps
             steps_arrive = False
             throw = self.throw
@@ -512,13 +542,19 @@ class FlowPolicy(AbstractFlowPolicy):
         )
         return jax.tree.map(lambda leaf: nan_unless(leaf[0]), solution.ys)
 
+    def step_times(self, dtype: Any) -> Float[Array, " times"] | None:
+        """The ends of the steps of a sample, from 0 to 1; `None` if they adapt."""
+        if not has_fixed_steps(self.stepsize_controller):
+            return None
+        return fixed_times(self.stepsize_controller, self.num_steps, dtype)
+
 
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
-    """The dtype of actions: the one that is given, else that of the network's arrays, else that of
-    the observation, else JAX's default."""
+    """The dtype of actions: the one that is given, else that of the arrays of the network, else of
+    the observation but no less than float32, else JAX's default."""
     if dtype is not None:
         return dtype
-    for tree in (network, observation):
+    for tree in (network, in_full_precision(observation)):
         leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | np.ndarray)]
         dtypes = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
         if len(dtypes) > 0:
@@ -527,7 +563,7 @@ def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
 
 
 def _check_same_path(velocity: Any, path: Any) -> None:
-    """A prediction along one path is no velocity along another."""
+    """A prediction along one path is not a velocity along another."""
     own = getattr(velocity, "path", None)
     if not isinstance(own, AbstractAffineGaussianPath):
         return
@@ -541,9 +577,10 @@ def _check_same_path(velocity: Any, path: Any) -> None:
 
 
 def as_flow_policy(policy: Any) -> AbstractFlowPolicy:
-    """Accepts anything with `velocity`, `action_shape` and (else linear) `path`."""
+    """Accepts anything with `velocity`, `action_shape` and (else linear) `path`. The actions of the
+    result are of float32 at least."""
     if isinstance(policy, AbstractFlowPolicy):
-        return policy
+        return _in_full_precision(policy)
     if isinstance(policy, type) or not (
         callable(getattr(policy, "velocity", None)) and hasattr(policy, "action_shape")
     ):
@@ -563,9 +600,34 @@ def as_flow_policy(policy: Any) -> AbstractFlowPolicy:
             "`policy` must be a flow policy, or an object with `velocity(t, x, observation)` and "
             f"`action_shape`, but got {arrived}{reason}"
         )
-    return FlowPolicy(
-        policy.velocity,
-        policy.action_shape,
-        path=getattr(policy, "path", LinearPath()),
-        bounds=getattr(policy, "bounds", None),
+    return _in_full_precision(
+        FlowPolicy(
+            policy.velocity,
+            policy.action_shape,
+            path=getattr(policy, "path", LinearPath()),
+            bounds=getattr(policy, "bounds", None),
+        )
     )
+
+
+def _in_full_precision(policy: AbstractFlowPolicy) -> AbstractFlowPolicy:
+    """The policy with a flow whose actions are of float32 at least, from the same parameters."""
+    flow = policy.flow_policy
+    if not isinstance(flow, FlowPolicy):  # a steered one, which was made of such a flow
+        return policy
+    if not is_half(sample_dtype(flow.dtype, flow.velocity_field, None)):
+        return policy
+    full = FlowPolicy(
+        flow.velocity_field,
+        flow.action_shape,
+        path=flow.path,
+        solver=flow.solver,
+        num_steps=flow.num_steps,
+        stepsize_controller=flow.stepsize_controller,
+        adjoint=flow.adjoint,
+        max_steps=flow.max_steps,
+        bounds=flow.bounds,
+        dtype=jnp.float32,
+        throw=flow.throw,
+    )
+    return full if flow is policy else eqx.tree_at(lambda p: p.flow_policy, policy, full)

@@ -1,4 +1,4 @@
-"""Certificates of any two policies, whether or not one was refined from the other."""
+"""Certificates of any two policies, also if one was not refined from the other."""
 
 import math
 from typing import Any
@@ -7,8 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Scalar
 
 from .._checks import batch_length
 from .._flows import AbstractFlowPolicy, AbstractPolicy, as_flow_policy
@@ -22,15 +23,17 @@ from .._geometry import (
 from .._linalg import Whitening
 from ._certificate import Certificate, Verdict
 from ._executed_critic import critic_value
-from ._limits import normal_quantile
+from ._limits import mean_and_stderr, normal_quantile, standard_error
 from ._steering import SteeredPolicy
 from ._witness import (
     absent_witness,
     are_apart,
+    estimate_by_scores,
     executed_log_ratios,
     has_executed_density,
     in_continuous_time_log_ratios,
     is_normalised,
+    known_or_inf,
     largest_size,
     LogRatios,
     MOST_UNKNOWN,
@@ -40,11 +43,12 @@ from ._witness import (
 )
 
 
-def certify_pair(policy, base, critic, observations, settings, key) -> Certificate:
-    """The certificate of a policy against another one."""
+def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> Certificate:
+    """The certificate of a policy against another policy."""
     num_actions, num_witnesses, level = settings
     steered = base is None
-    policy, base = _policy(policy), _policy(policy.policy if steered else base)
+    policy: Any = _policy(given)
+    base = _policy(policy.policy if steered else base)
     if policy.action_shape != base.action_shape:
         raise ValueError(
             f"`base` must draw actions of the shape of `policy`, {policy.action_shape}, but got "
@@ -58,51 +62,56 @@ def certify_pair(policy, base, critic, observations, settings, key) -> Certifica
     gains, finite = _gains(policy, base, critic, observations, -(-num_actions // length), gain_key)
     arguments = dict(observations=observations, num_actions=max(num_witnesses, 32))
     by_density = by_steps = absent
-    nowhere = _Nowhere(action.dtype)
     dense = action.size <= largest_size and num_witnesses > 0
     has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (policy, base))
     if has_densities and dense:
         q, p = (_in_continuous_time(_plain(x), action.dtype) for x in (policy, base))
         by_density = witness(
-            in_continuous_time_log_ratios, q, p, by_scores=nowhere, key=density_key, **arguments
+            in_continuous_time_log_ratios, q, p, by_scores=None, key=density_key, **arguments
         )
     if steered and isinstance(policy.log_ratio, ExecutedLogRatio):
         by_steps = witness(
-            _steered_log_ratios, policy, base, by_scores=nowhere, key=steps_key, **arguments
+            _steered_log_ratios, policy, base, by_scores=None, key=steps_key, **arguments
         )
     elif has_densities and dense and has_executed_density(_plain(policy), _plain(base)):
         by_steps = witness(
             executed_log_ratios,
             _plain(policy),
             _plain(base),
-            by_scores=nowhere,
+            by_scores=None,
             key=steps_key,
             **arguments,
         )
-    # A steering holds its radius for the steps that act.
+    # The radius of a steering is the KL of the steps that act.
     measured = by_steps if steered and not jnp.isnan(by_steps.kl) else by_density
     if has_densities:
         kl, kl_stderr = measured.kl, measured.kl_stderr
     else:
         kl, kl_stderr = _nearest_neighbours(policy, base, observations, density_key)
     radius = jnp.asarray(policy.method.radius if steered else jnp.nan, action.dtype)
-    improvement, improvement_stderr = _mean_and_stderr(gains)
-    nan, zero = jnp.asarray(jnp.nan, action.dtype), jnp.zeros((), action.dtype)
+    gain = mean_and_stderr(gains)
     if not finite:
         verdict = Verdict.critic_not_finite
     elif not has_densities:
         verdict = Verdict.estimated
     else:
-        gained = bool(improvement > 2 * improvement_stderr)
+        gained = bool(gain[0] > 2 * gain[1])
         verdict = _judge(measured, by_density, by_steps, radius, gained)
+    witnesses = dict(by_density=by_density, by_steps=by_steps)
+    return _certificate(verdict, (kl, kl_stderr), witnesses, radius, gains, gain, level)
+
+
+def _certificate(verdict, kl, witnesses, radius, gains, gain, level) -> Certificate:
+    """A certificate without the entries that only a transport map has, such as folds."""
+    kl, kl_stderr = kl
+    improvement, improvement_stderr = gain
+    nan, zero = jnp.asarray(np.nan, kl.dtype), jnp.zeros_like(kl)
     return Certificate(
         verdict=verdict,
         kl=kl,
         kl_stderr=kl_stderr,
         kl_by_score=nan,
-        kl_upper=kl + normal_quantile(level) * kl_stderr,
-        by_density=by_density,
-        by_steps=by_steps,
+        kl_upper=jnp.asarray(float(kl) + normal_quantile(level) * float(kl_stderr), kl.dtype),
         kl_predicted=nan,
         radius=radius,
         folded=zero,
@@ -115,20 +124,23 @@ def certify_pair(policy, base, critic, observations, settings, key) -> Certifica
         total_improvement_stderr=improvement_stderr,
         stein=nan,
         stein_stderr=nan,
-        non_finite=zero if finite else nan,
+        non_finite=nan if verdict is Verdict.critic_not_finite else zero,
         score=PerturbedScore(),
         level=level,
         num_actions=gains.size,
-        num_observations=length,
-        fractions=jnp.ones(1, action.dtype),
-        kl_by_fraction=kl[None],
-        kl_stderr_by_fraction=kl_stderr[None],
+        num_observations=gains.shape[0],
+        fractions=jnp.ones_like(kl)[None],
+        kl_by_fraction=jnp.asarray([float(kl)], kl.dtype),
+        kl_stderr_by_fraction=jnp.asarray([float(kl_stderr)], kl.dtype),
         gains=gains.reshape(-1),
+        **witnesses,
     )
 
 
 def _policy(policy: Any) -> AbstractPolicy:
-    return policy if isinstance(policy, AbstractPolicy) else as_flow_policy(policy)
+    if isinstance(policy, AbstractFlowPolicy) or not isinstance(policy, AbstractPolicy):
+        return as_flow_policy(policy)
+    return policy
 
 
 def _plain(policy: Any) -> AbstractFlowPolicy:
@@ -139,30 +151,23 @@ def _in_continuous_time(policy: AbstractFlowPolicy, dtype: Any) -> AbstractFlowP
     return with_flow(policy, continuous_flow(policy.flow_policy, dtype))
 
 
-class _Nowhere(eqx.Module):
-    """No estimate by scores to compare with."""
-
-    dtype: Any = eqx.field(static=True)
-
-    def __call__(self, observation: Any, key: PRNGKeyArray) -> Scalar:
-        return jnp.asarray(jnp.nan, self.dtype)
-
-
 @eqx.filter_jit
 def _steered_log_ratios(policy, base, observations, keys, by_scores) -> LogRatios:
-    """The log-ratios that a steered policy knows of its own actions."""
+    """The log-ratios that a steered policy computes as it draws."""
 
     def one(row):
         o, key = row
-        return policy.draw_and_log_ratio(o, key=key).log_ratio, by_scores(o, key)
+        log_ratio = known_or_inf(policy.draw_and_log_ratio(o, key=key).log_ratio)
+        return log_ratio, estimate_by_scores(by_scores, o, key)
 
     return lax.map(one, (observations, keys), batch_size=64)
 
 
 @eqx.filter_jit
 def _gains(policy, base, critic, observations, num_per_observation, key):
-    """The gain in the critic's value at every action, and whether all of them are finite. Policies
-    that share their noise have it in common here."""
+    """The gain in the critic's value at every action, and whether all gains are finite. Both
+    policies get the same key, so that policies with the same noise are compared at the same
+    noise."""
 
     def one(o, key):
         a, b = policy.draw(o, key=key), base.draw(o, key=key)
@@ -176,12 +181,6 @@ def _gains(policy, base, critic, observations, num_per_observation, key):
     rows_at_once = max(1, 256 // num_per_observation)
     gains = lax.map(of_observation, (observations, keys), batch_size=rows_at_once)
     return gains, jnp.all(jnp.isfinite(gains))
-
-
-def _mean_and_stderr(values: Float[Array, "observations actions"]) -> tuple[Scalar, Scalar]:
-    # Actions of one observation are correlated; observations are not.
-    means = jnp.mean(values, axis=1) if values.shape[0] > 1 else values[0]
-    return jnp.mean(means), jnp.std(means, ddof=1) / math.sqrt(max(len(means), 2))
 
 
 def _judge(
@@ -206,7 +205,7 @@ def _judge(
 @eqx.filter_jit
 def _nearest_neighbours(policy, base, observations, key) -> tuple[Scalar, Scalar]:
     r"""The KL at each of some observations, from the distances of the actions of a policy to their
-    nearest neighbours among its own and among those of the base.
+    nearest neighbours among other actions of the policy and among actions of the base.
 
     ??? cite "Reference"
 
@@ -244,4 +243,4 @@ def _nearest_neighbours(policy, base, observations, key) -> tuple[Scalar, Scalar
         return whitening.rank * jnp.mean(ratio) + math.log(num / (num - 1))
 
     kls = lax.map(of_observation, (observations, jr.split(key, num_observations)))
-    return jnp.mean(kls), jnp.std(kls, ddof=1) / math.sqrt(num_observations)
+    return jnp.mean(kls), standard_error(kls)

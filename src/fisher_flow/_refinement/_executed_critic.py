@@ -6,6 +6,7 @@ from jaxtyping import Scalar
 
 from .._custom_types import Action, Critic, Observation
 from .._flows import AbstractPolicy, TanhBounds
+from .._trees import in_full_precision
 
 
 def check_critic(critic: Any) -> None:
@@ -28,9 +29,9 @@ def critic_gradient(
 ) -> Action:
     """The gradient of the critic in the action, at the action that would be executed.
 
-    It is not multiplied by the derivative of the clipping. Actions beyond a bound are thereby
-    pushed back just as those at the bound are, and the field of displacements stays continuous.
-    Squashing is smooth and one-to-one, so there the chain rule holds.
+    It is not multiplied by the derivative of the clipping. So actions beyond a bound are pushed
+    back just as actions at the bound are, and the field of displacements stays continuous.
+    Squashing is smooth and one-to-one, so the chain rule is applied to it.
     """
     if isinstance(policy.bounds, TanhBounds):
         return jax.grad(lambda a: critic_value(policy, critic, observation, a))(action)
@@ -50,4 +51,4 @@ def _scalar_value(critic: Critic, observation: Observation, action: Action) -> S
             "`critic(observation, action)` must return a scalar for one observation and one "
             f"action, but it returned shape {jnp.shape(value)}. Write `critic={example}`."
         )
-    return jnp.asarray(value)
+    return in_full_precision(jnp.asarray(value))

@@ -33,8 +33,8 @@ class Fidelity(eqx.Module):
 
     distance: Scalar
     """The root mean square distance between the actions that the two make of the same noise, before
-    the bounds, over that of two actions of the original. Zero is perfect. NaN unless the fitted
-    policy follows the noise, as a one-step policy does."""
+    the bounds, over the distance of two actions of the original. Zero is perfect. NaN unless the
+    fitted policy follows the noise, as a one-step policy does."""
 
     energy: Scalar
     r"""The energy coefficient of the two distributions, from 0 (the same) to 1:
@@ -50,8 +50,8 @@ class Fidelity(eqx.Module):
     """Its standard error."""
 
     lost: Scalar
-    """How much lower the critic's value of the fitted policy is than that of the original, within
-    the bounds."""
+    """How much lower the critic's value is for the fitted policy than for the original, within the
+    bounds."""
 
     lost_stderr: Scalar
     """Its standard error."""
@@ -90,7 +90,7 @@ class Refit(NamedTuple):
 
 
 def critic_of(policy: AbstractPolicy, critic: Critic | None, observations: PyTree[Any]) -> Critic:
-    """The critic to judge by: the one that is given, or by which the policy was made."""
+    """The critic to judge by: the one that is given, or the one that the policy was made with."""
     batch_length("observations", observations)
     chosen: Any = getattr(policy, "critic", None) if critic is None else critic
     if chosen is None:
@@ -107,7 +107,7 @@ def critic_of(policy: AbstractPolicy, critic: Critic | None, observations: PyTre
 
 
 def checked_held_out(held_out: PyTree[Any] | None, observations: PyTree[Any]) -> PyTree[Any]:
-    """The observations to measure at: those that are given, or else those to learn at."""
+    """The observations to measure at: the given ones, or otherwise the ones to learn at."""
     if held_out is None:
         return observations
     batch_length("held_out", held_out)
@@ -138,8 +138,8 @@ def measure_fidelity(
     - `original`, `fitted`: the two policies.
     - `critic`: called as `critic(observation, action)`; the judge of the gain.
     - `observations`: a batch of observations.
-    - `num_observations`: how many of them are used, chosen at random; if there are fewer, all of
-        them, as often as another.
+    - `num_observations`: how many of them are used, chosen at random. If there are fewer, all of
+        them are used, each about as often.
     - `num_actions`: the number of actions drawn from each policy at each of them; at least two.
     - `key`: a `jax.random.key`.
     """
@@ -148,29 +148,45 @@ def measure_fidelity(
     rows = jnp.concatenate([jr.permutation(row_key, length)] * -(-num_observations // length))
     rows = rows[:num_observations]
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    return _measure(original, fitted, critic, observations, num_actions, key)
+    has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (original, fitted))
+    coupled = isinstance(original, AbstractFlowPolicy) and isinstance(fitted, OneStepPolicy)
+    arguments = (original, fitted, critic, observations, num_actions, has_densities, coupled, key)
+    measured = _measure(*arguments)
+    # Only now: NaN inside the program would be taken for a fault by `jax_debug_nans`.
+    absent = {
+        "kl": not has_densities,
+        "distance": not coupled,
+        "improvement": flow_underneath(original) is None,
+    }
+    for name in [name for name, is_absent in absent.items() if is_absent]:
+        for entry in {name, f"{name}_stderr"} & set(measured):
+            measured[entry] = jnp.asarray(jnp.nan, measured[entry].dtype)
+    return Fidelity(
+        **measured, num_actions=num_observations * num_actions, num_observations=num_observations
+    )
 
 
 @eqx.filter_jit
-def _measure(original, fitted, critic, observations, num_actions, key) -> Fidelity:
+def _measure(
+    original, fitted, critic, observations, num_actions, has_densities, coupled, key
+) -> dict[str, Array]:
+    """The numbers of a `Fidelity`; zero for what there is not."""
     num_observations = batch_length("observations", observations)
     flow = flow_underneath(original)
-    nan = jnp.asarray(jnp.nan)
-    has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (original, fitted))
-    coupled = isinstance(original, AbstractFlowPolicy) and isinstance(fitted, OneStepPolicy)
+    absent = jnp.zeros(())
 
     def of_action(o, key):
         # The same noise for both, so that what they have in common cancels in the difference.
         x, y = original.draw(o, key=key), fitted.draw(o, key=key)
         value = critic_value(original, critic, o, x)
-        before = nan if flow is None else critic_value(flow, critic, o, flow.draw(o, key=key))
+        before = value if flow is None else critic_value(flow, critic, o, flow.draw(o, key=key))
         return dict(
             x=x,
             y=y,
             gain=value - before,
             lost=value - critic_value(fitted, critic, o, y),
-            kl=_log_ratio(original, fitted, o, key) if has_densities else nan,
-            squared=jnp.sum((x - y) ** 2) if coupled else nan,
+            kl=_log_ratio(original, fitted, o, key) if has_densities else absent,
+            squared=jnp.sum((x - y) ** 2) if coupled else absent,
         )
 
     def of_observation(row):
@@ -190,27 +206,26 @@ def _measure(original, fitted, critic, observations, num_actions, key) -> Fideli
     mean: dict[str, Array] = jax.tree.map(jnp.mean, results)
     stderr = lambda name: jnp.std(results[name], ddof=1) / jnp.sqrt(num_observations)
     twice_between = jnp.where(mean["between"] > 0, 2 * mean["between"], 1)
-    return Fidelity(
+    spread = jnp.where(mean["spread"] > 0, mean["spread"], 1)
+    return dict(
         kl=mean["kl"],
         kl_stderr=stderr("kl"),
-        distance=jnp.sqrt(mean["squared"] / mean["spread"]),
+        distance=jnp.sqrt(mean["squared"] / spread),
         # An estimate of zero is negative half the time.
         energy=jnp.maximum(2 * mean["between"] - mean["within"], 0) / twice_between,
         improvement=mean["gain"],
         improvement_stderr=stderr("gain"),
         lost=mean["lost"],
         lost_stderr=stderr("lost"),
-        num_actions=num_observations * num_actions,
-        num_observations=num_observations,
     )
 
 
 def _log_ratio(original, fitted, o, key) -> Scalar:
     """log(original / fitted) at an action of the original.
 
-    The density of the original is that of its sampler, steps and all, from the Jacobian of the map
-    that takes noise to the action; with the density in continuous time, what the steps of the
-    sampler distort would be held against the fitted policy.
+    The density of the original is the density of its sampler with its steps, from the Jacobian of
+    the map that takes noise to the action. With the density in continuous time, the errors of the
+    steps would count as errors of the fitted policy.
     """
     flow = original.flow_policy
     flow = eqx.tree_at(lambda flow: flow.adjoint, flow, diffrax.ForwardMode())

@@ -9,26 +9,30 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, PyTree, Scalar
 
 from .._flows import AbstractFlowPolicy, FlowPolicy
 from .._geometry import (
+    constant_entries,
+    constants_at,
     continuous_flow,
     executed_draw,
     executed_log_prob,
+    free_constant_entries,
     has_executed_steps,
     mean_log_ratio,
     with_flow,
 )
 from .._linalg import value_and_jacobian
-from ._method import draw_from_flow
+from ._method import AbstractDisplacement, draw_from_flow
 from ._refined_policy import RefinedPolicy
 
 
 LogRatios: TypeAlias = tuple[Float[Array, " actions"], Float[Array, " actions"]]
 
 # `by_scores(observation, key)`: the KL at the action that is drawn with this key, by scores.
-ByScores: TypeAlias = Callable[[Any, Any], Scalar]
+# `None` if there is no estimate by scores.
+ByScores: TypeAlias = Callable[[Any, Any], Scalar] | None
 
 # Densities of larger actions take a product for every entry and every step.
 largest_size = 64
@@ -42,12 +46,12 @@ LARGEST_DIFFERENCE = 0.06
 # Scores that are off by more than this share of the KL are not corrected but doubted.
 MOST_CORRECTED = 0.3
 
-# The share of actions whose density may be unknown, besides those at which a map folds.
+# The share of actions whose density may be unknown, in addition to the share that folds.
 MOST_UNKNOWN = 0.01
 
 
 class Witness(eqx.Module):
-    """A KL that was measured by densities, on actions of its own."""
+    """A KL that was measured by densities, on actions drawn for it alone."""
 
     kl: Scalar
     """Nats; NaN if it was not measured."""
@@ -56,17 +60,17 @@ class Witness(eqx.Module):
     """Its standard error."""
 
     difference: Scalar
-    """How much larger it is than the estimate by scores on the same actions, if there is one."""
+    """How much larger it is than the estimate by scores on the same actions; NaN without one."""
 
     difference_stderr: Scalar
     """Its standard error."""
 
     unknown: Scalar
-    """The share of actions at which one of the two densities is not known: no noise was found from
-    which the base would draw the action, or a map folds there."""
+    """The share of actions at which one of the two densities is not known: the base would draw the
+    action from no noise that was found, or a map folds there."""
 
     normalisation: Scalar
-    """The mean of the inverse ratio of the two densities. It is 1 if both are right."""
+    """The mean of the inverse ratio of the two densities. It is 1 if both densities are right."""
 
     normalisation_stderr: Scalar
     """Its standard error."""
@@ -77,7 +81,7 @@ def absent_witness(dtype: Any) -> Witness:
 
 
 def summarise(log_ratios: Float[Array, " actions"], by_scores: Float[Array, " actions"]) -> Witness:
-    """The KL from the log-ratios of single actions, and from what scores say of the same."""
+    """The KL from the log-ratios of single actions, and its difference from the KL by scores."""
     kl, stderr = mean_log_ratio(log_ratios)
     difference, difference_stderr = mean_log_ratio(log_ratios, minus=by_scores)
     known = jnp.isfinite(log_ratios)
@@ -101,18 +105,18 @@ def in_continuous_time_log_ratios(
     policy: AbstractFlowPolicy,
     base: AbstractFlowPolicy,
     observations: PyTree[Any],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " actions"],
     by_scores: ByScores,
 ) -> LogRatios:
     r"""$\log q(a) - \log p(a)$ at actions of a policy $q$, by the densities of two policies in
-    continuous time; and the estimate by scores there. The first uses no score.
+    continuous time; and the estimate by scores there. The log-ratio uses no score.
     """
 
     def one(row):
         o, key = row
         action, log_q = policy.draw_and_log_prob(o, key=key)
         log_p: Array = base.log_prob(o, action)
-        return log_q - log_p, by_scores(o, key)
+        return known_or_inf(log_q - log_p), estimate_by_scores(by_scores, o, key)
 
     return lax.map(one, (observations, keys), batch_size=64)
 
@@ -122,11 +126,11 @@ def executed_log_ratios(
     policy: AbstractFlowPolicy,
     base: AbstractFlowPolicy,
     observations: PyTree[Any],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " actions"],
     by_scores: ByScores,
 ) -> LogRatios:
-    r"""The same for the samplers that act: the density of what the steps of the flow of each policy
-    make, one by one, followed by its transport maps.
+    r"""The same for the samplers that act. The density follows from the steps of the flow of each
+    policy, one by one, and from its transport maps.
     """
 
     def one(row):
@@ -137,9 +141,20 @@ def executed_log_ratios(
         c = base.to_flow(o, action)
         _, base_log_det = _mapped(base, o, c)
         base_log_p = executed_log_prob(base_flow, base_flow.given(o), c, points)
-        return log_p - log_det - (base_log_p - base_log_det), by_scores(o, key)
+        log_ratio = known_or_inf(log_p - log_det - (base_log_p - base_log_det))
+        return log_ratio, estimate_by_scores(by_scores, o, key)
 
     return lax.map(one, (observations, keys), batch_size=64)
+
+
+def known_or_inf(log_ratio: Scalar) -> Scalar:
+    """A log-ratio, infinite where it is not known: `jax_debug_nans` takes a NaN for a fault."""
+    return jnp.where(jnp.isnan(log_ratio), jnp.inf, log_ratio)
+
+
+def estimate_by_scores(by_scores: ByScores, observation: Any, key: PRNGKeyArray) -> Scalar:
+    """The estimate by scores; zero if there is none."""
+    return jnp.zeros(()) if by_scores is None else by_scores(observation, key)
 
 
 def _mapped(policy, observation, action) -> tuple[Array, Scalar]:
@@ -149,7 +164,7 @@ def _mapped(policy, observation, action) -> tuple[Array, Scalar]:
         return action, jnp.zeros((), action.dtype)
     moved, J = value_and_jacobian(lambda b: policy.from_flow(observation, b), action)
     sign, log_det = jnp.linalg.slogdet(J)
-    return moved, jnp.where(sign > 0, log_det, jnp.nan)
+    return moved, log_det + jnp.where(sign > 0, 0, jnp.nan)
 
 
 def witness(
@@ -162,7 +177,7 @@ def witness(
     num_actions: int,
     key: PRNGKeyArray,
 ) -> Witness:
-    """Measures a KL by one of the two functions above, on as many actions as it takes.
+    """Measures a KL by one of the two functions above, on as many actions as are needed.
 
     **Arguments:**
 
@@ -181,7 +196,11 @@ def witness(
         keys = jr.split(jr.fold_in(key, i), num_actions)
         parts.append(log_ratios(policy, base, o, keys, by_scores))
         result = summarise(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
-        stderr = jnp.where(jnp.isnan(result.difference), result.kl_stderr, result.difference_stderr)
+        stderr = result.kl_stderr if by_scores is None else result.difference_stderr
+        if by_scores is None:
+            nothing = jnp.asarray(jnp.nan, result.kl.dtype)
+            entries = lambda result: (result.difference, result.difference_stderr)
+            result = eqx.tree_at(entries, result, (nothing, nothing))
         if stderr <= RELATIVE_ERROR * jnp.abs(result.kl):
             break
     return result
@@ -203,7 +222,14 @@ def witnesses(
     possible = isinstance(flow, FlowPolicy) and action.size <= largest_size
     if num_witnesses == 0 or not possible:
         return absent, absent
-    # In a chain that holds the KL from the flow, that is the one to compare with.
+    by_scores = _ByScores(refined)
+    fixed = constant_entries(measure.score.whitening, policy.action_shape)
+    if fixed is not None and policy is flow:
+        free = free_constant_entries(flow, fixed)
+        field = _FreedDisplacement(refined, fixed)
+        refined = RefinedPolicy(free, refined.critic, field, refined.method)
+        policy = flow = free
+    # A chain whose KL is measured from the flow is compared with the flow.
     base = flow if measure.whole_chain else policy
     density_key, steps_key = jr.split(jr.fold_in(key, 1))
     by_steps = absent
@@ -215,7 +241,7 @@ def witnesses(
             executed_log_ratios,
             refined,
             base,
-            by_scores=_ByScores(refined),
+            by_scores=by_scores,
             key=steps_key,
             **arguments,
         )
@@ -223,15 +249,28 @@ def witnesses(
         in_continuous_time_log_ratios,
         with_flow(refined, exact),
         with_flow(base, exact),
-        by_scores=_ByScores(with_flow(refined, exact)),
+        by_scores=by_scores,
         key=density_key,
         **arguments,
     )
     return by_density, by_steps
 
 
+class _FreedDisplacement(AbstractDisplacement):
+    """The displacement of a policy whose constant entries carry noise."""
+
+    refined: RefinedPolicy
+    is_constant: Bool[Array, "..."]
+
+    def __call__(self, policy: Any, critic: Any, observation: Any, action: Any) -> Any:
+        flow = self.refined.flow_policy
+        constants = constants_at(flow, observation, action)
+        action = jnp.where(self.is_constant, constants, action)
+        return jnp.where(self.is_constant, 0, self.refined.displacement(observation, action))
+
+
 class _ByScores(eqx.Module):
-    """What one action contributes to the KL of a refined policy, by scores."""
+    """The contribution of one action to the KL of a refined policy, by scores."""
 
     refined: RefinedPolicy
 
@@ -248,7 +287,8 @@ def has_executed_density(policy: AbstractFlowPolicy, base: AbstractFlowPolicy) -
     flows = policy.flow_policy, base.flow_policy
     if not all(isinstance(flow, FlowPolicy) and has_executed_steps(flow) for flow in flows):
         return False
-    return flows[0].num_steps == flows[1].num_steps
+    times, base_times = (flow.step_times(None) for flow in flows)
+    return times is not None and base_times is not None and len(times) == len(base_times)
 
 
 def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
@@ -259,19 +299,19 @@ def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
 
 
 def is_normalised(witness: Witness) -> bool:
-    """Whether the mean of the inverse ratio is 1, but for chance. Where the policies are far apart
-    that mean is made by actions which are rarely drawn, and tells nothing."""
+    """Whether the mean of the inverse ratio is 1, up to chance. Where the policies are far apart
+    actions that are rarely drawn make up that mean, so it is not used there."""
     off = abs(float(witness.normalisation) - 1) - 4 * float(witness.normalisation_stderr)
     return float(witness.kl) > 1 or off <= LARGEST_DIFFERENCE
 
 
 def are_apart(one: Witness, other: Witness) -> bool:
-    """Whether two witnesses, if both are there, disagree beyond chance."""
+    """Whether two witnesses disagree beyond chance. False if one of them is NaN."""
     larger = max(abs(float(one.kl)), abs(float(other.kl)))
     error = math.hypot(float(one.kl_stderr), float(other.kl_stderr))
-    return abs(float(one.kl - other.kl)) > LARGEST_DIFFERENCE * larger + 2 * error
+    return abs(float(one.kl) - float(other.kl)) > LARGEST_DIFFERENCE * larger + 2 * error
 
 
 def is_vague(witness: Witness) -> bool:
-    """Whether the error of a witness leaves room for more than it should."""
+    """Whether the error of a witness is too large to check the KL by scores."""
     return not float(witness.difference_stderr) <= 2 * RELATIVE_ERROR * abs(float(witness.kl))

@@ -13,7 +13,7 @@ from .._checks import (
 )
 from .._custom_types import Data
 from .._fit import fit
-from .._trees import random_rows
+from .._trees import in_full_precision, random_rows, with_dtypes_of
 from ._critic_learner import CriticLearner
 from ._q_ensemble import QEnsemble
 from ._temporal_difference import TemporalDifference
@@ -54,7 +54,8 @@ def fit_critic(
 
     **Arguments:**
 
-    - `critic`: the critic to start from. It is not modified.
+    - `critic`: the critic to start from. Parameters of half precision are trained in float32, and
+        returned in the dtypes that they have. It is not modified.
     - `observations`, `actions`, `rewards`: the transitions, each with a leading axis.
     - `next_observations`, `next_actions`: what came next in the same episode.
     - `masks`: 0 where the episode terminated after the transition, else 1. An episode that was cut
@@ -77,6 +78,7 @@ def fit_critic(
     **Raises:**
 
     - `ValueError` if the lengths do not match, or an argument is not of its kind.
+    - `FloatingPointError` if the training ends in NaN.
     """
     check_instance("critic", critic, QEnsemble, "fisher_flow.QEnsemble(3, 1, key=key)")
     data = _Columns(observations, actions, rewards, next_observations, next_actions, masks)
@@ -97,17 +99,17 @@ def fit_critic(
     learner = fit(
         _update,
         (data, learning, batch_size, rate),
-        CriticLearner.init(critic, optax.adam(rate)),
+        CriticLearner.init(in_full_precision(critic), optax.adam(rate)),
         num_updates,
         key=key,
         progress=progress,
         description="critic",
     )
-    return learner.model
+    return with_dtypes_of(critic, learner.model)
 
 
 def _update(args, learner, key, step):
     del step
     data, learning, batch_size, learning_rate = args
-    batch = random_rows(data, batch_size, key=key)
+    batch = in_full_precision(random_rows(data, batch_size, key=key))
     return learner.update(learning, optax.adam(learning_rate), batch, batch.next_actions, key=key)
