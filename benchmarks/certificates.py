@@ -544,10 +544,10 @@ KINDS = {"exact": of_exact, "learned": of_learned, "pair": of_pair}
 
 # The dimension, the solver, its steps, double precision, the number of problems.
 GROUPS = (
+    (2, "adaptive", 20, False, 45),
+    (5, "adaptive", 20, True, 45),
     (2, "euler", 20, False, 30),
-    (5, "adaptive", 20, False, 50),
     (1, "euler", 50, False, 20),
-    (2, "adaptive", 20, True, 40),
     (8, "heun", 20, True, 30),
     (5, "euler", 100, False, 25),
     (16, "adaptive", 20, False, 25),
