@@ -40,7 +40,7 @@ class LinearCritic(eqx.Module):
         return jnp.sum(self.weights * action)
 
 
-observations = jnp.zeros((32, 1))
+observations = jnp.zeros((32, 1), jnp.float32)
 
 
 def refined_of(policy, weights, radius=0.5):
