@@ -137,7 +137,7 @@ def test_long_steps_do_not_stand_for_the_flow():
     assert np.allclose(np.sort(whitening.deviations), [1e-2, 1.0], rtol=0.1)
 
 
-def test_a_residual_does_not_depend_on_the_units():
+def test_a_residual_does_not_depend_on_the_units(standard_promotion):
     deviation = np.asarray([1.0, 1e-3])
     method = ff.Residual(radius=0.5, num_updates=300, num_calibration=512, progress=False)
     critic = LinearCritic(jnp.asarray(1 / deviation, jnp.float32))
