@@ -135,3 +135,14 @@ def test_long_steps_do_not_stand_for_the_flow():
     flow = in_continuous_time(narrow, observations, key=jr.key(0))
     whitening = measure_whitening(flow, observations, key=jr.key(1))
     assert np.allclose(np.sort(whitening.deviations), [1e-2, 1.0], rtol=0.1)
+
+
+def test_a_residual_does_not_depend_on_the_units():
+    deviation = np.asarray([1.0, 1e-3])
+    method = ff.Residual(radius=0.5, num_updates=300, num_calibration=512, progress=False)
+    critic = LinearCritic(jnp.asarray(1 / deviation, jnp.float32))
+    policy = policy_of(np.zeros(2), deviation)
+    refined = ff.refine(policy, critic, method, observations=observations)
+    a = jnp.asarray([0.3, -4e-4], jnp.float32)
+    gain = refined.displacement(observations[0], a) @ critic.weights
+    assert np.isclose(gain, np.sqrt(2), rtol=0.15)  # of the best of all policies at 0.5 nats

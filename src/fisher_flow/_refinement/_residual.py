@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax import lax
-from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._checks import check_at_least, check_positive_integer
 from .._custom_types import Action, Critic, Observation
 from .._fit import apply_gradient, fit
 from .._flows import AbstractFlowPolicy
 from .._geometry import AbstractCost, FisherRao, in_continuous_time, TransportKL, with_flow
+from .._linalg import Whitening
 from .._networks import AbstractEncoder, zero_network
 from .._trees import finite_or_zero, in_full_precision, random_rows
 from ._correct_length import correct_length
@@ -123,6 +124,7 @@ class Residual(AbstractTransport):
             )
         network_key, scale_key, train_key, calibration_key = jr.split(key, 4)
         observations = jax.tree.map(jnp.asarray, observations)
+        measured = in_continuous_time(policy, observations, key=calibration_key)
         network = in_full_precision(self.network)
         if network is None:
             observation = jax.tree.map(lambda leaf: leaf[0], observations)
@@ -136,24 +138,27 @@ class Residual(AbstractTransport):
                 example="Residual(encoder=fisher_flow.ImpalaEncoder())",
                 key=network_key,
             )
+            whitening = self.measure.score.whitening
+            if whitening is not None:
+                _, a, _ = _draw(measured, observations, 256, network_key)
+                network = WhitenedNetwork(network, whitening, jnp.mean(a, axis=0))
         if not isinstance(self.radius, jax.core.Tracer) and self.radius == 0:
             zero = jnp.zeros(())
             displacement, reached = NetworkDisplacement(network, zero), Reached(zero, zero > 0)
             return RefinedPolicy(policy, critic, displacement, self, reached)
-        gradient_norm, eigenvalue = _scales(self, policy, critic, observations, scale_key)
+        gradient_norm, eigenvalue = _scales(self, measured, critic, observations, scale_key)
         optimiser_state = _optimiser(self).init(eqx.filter(network, eqx.is_inexact_array))
         # From a strong penalty down, so that no early step leaves the data.
         log_dual = jnp.zeros((), gradient_norm.dtype)
         network, *_ = fit(
             _update,
-            (self, policy, critic, observations, gradient_norm, eigenvalue),
+            (self, measured, critic, observations, gradient_norm, eigenvalue),
             (network, optimiser_state, log_dual, log_dual),
             self.num_updates,
             key=train_key,
             progress=self.progress,
             description=f"residual, {type(self.metric).__name__}",
         )
-        measured = in_continuous_time(policy, observations, key=calibration_key)
         scale, reached = _final_scale(self, measured, network, observations, calibration_key)
         displacement = NetworkDisplacement(network, scale)
         refined = RefinedPolicy(measured, critic, displacement, self, reached)
@@ -171,7 +176,7 @@ Residual.__init__.__doc__ = r"""**Arguments:**
 
 - `network`: called as `network(observation, action)` for one sample; returns a
     displacement. By default a multilayer perceptron of `depth` hidden layers of
-    `width_size` units, which starts from zero.
+    `width_size` units, which starts from zero and sees the actions in units of their own.
 - `encoder`: what that perceptron, if there is one, sees images through, such as
     [`fisher_flow.ImpalaEncoder`][].
 - `num_updates`, `batch_size`: the number of gradient steps, and of actions in each.
@@ -204,6 +209,21 @@ class NetworkDisplacement(AbstractDisplacement):
         return self.scale.astype(action.dtype) * self.network(observation, action)
 
 
+class WhitenedNetwork(eqx.Module):
+    """A network in coordinates in which the actions have mean zero and covariance one."""
+
+    network: Callable[[Any, Any], Any]
+    whitening: Whitening
+    centre: Float[Array, "..."]
+
+    def __call__(self, observation: Observation, action: Action) -> Action:
+        # They are not trained.
+        whitening, centre = lax.stop_gradient((self.whitening, self.centre))
+        z = whitening.whiten((action - centre).reshape(-1)).reshape(action.shape)
+        δ = self.network(observation, z)
+        return whitening.colour(δ.reshape(-1)).reshape(action.shape)
+
+
 def _optimiser(method):
     schedule = optax.cosine_decay_schedule(method.learning_rate, method.num_updates)
     return optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
@@ -225,8 +245,10 @@ def _scales(method, policy, critic, observations, key) -> tuple[Scalar, Scalar]:
     def norm_and_eigenvalue(row):
         o, a = row
         eigenvalue = method.metric.mean_eigenvalue(policy.flow_policy, o, a, key=metric_key)
-        g = critic_gradient(policy, critic, o, a)
-        return jnp.linalg.norm(g.reshape(-1)), eigenvalue
+        g = critic_gradient(policy, critic, o, a).reshape(-1)
+        if method.measure.score.whitening is not None:
+            g = method.measure.score.whitening.whiten_gradient(g)
+        return jnp.linalg.norm(g), eigenvalue
 
     norms, eigenvalues = lax.map(norm_and_eigenvalue, (o, a), batch_size=256)
 
