@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Scalar
 
@@ -20,6 +21,7 @@ from .._geometry import (
     with_flow,
 )
 from .._linalg import Whitening
+from .._trees import not_known
 from ._certificate import Certificate, Verdict
 from ._executed_critic import critic_value
 from ._limits import normal_quantile, standard_error
@@ -86,9 +88,10 @@ def certify_pair(policy, base, critic, observations, settings, key) -> Certifica
         kl, kl_stderr = measured.kl, measured.kl_stderr
     else:
         kl, kl_stderr = _nearest_neighbours(policy, base, observations, density_key)
-    radius = jnp.asarray(policy.method.radius if steered else jnp.nan, action.dtype)
+    nan, zero = not_known(action.dtype), jnp.zeros((), action.dtype)
+    radius = jnp.asarray(policy.method.radius, action.dtype) if steered else nan
     improvement, improvement_stderr = _mean_and_stderr(gains)
-    nan, zero = jnp.asarray(jnp.nan, action.dtype), jnp.zeros((), action.dtype)
+    unknown = bool(jnp.isnan(kl))
     if not finite:
         verdict = Verdict.critic_not_finite
     elif not has_densities:
@@ -101,7 +104,7 @@ def certify_pair(policy, base, critic, observations, settings, key) -> Certifica
         kl=kl,
         kl_stderr=kl_stderr,
         kl_by_score=nan,
-        kl_upper=jnp.asarray(float(kl) + normal_quantile(level) * float(kl_stderr), kl.dtype),
+        kl_upper=kl if unknown else kl + normal_quantile(level) * kl_stderr,
         by_density=by_density,
         by_steps=by_steps,
         kl_predicted=nan,
@@ -122,8 +125,8 @@ def certify_pair(policy, base, critic, observations, settings, key) -> Certifica
         num_actions=gains.size,
         num_observations=length,
         fractions=jnp.ones(1, action.dtype),
-        kl_by_fraction=jnp.asarray([float(kl)], kl.dtype),
-        kl_stderr_by_fraction=jnp.asarray([float(kl_stderr)], kl.dtype),
+        kl_by_fraction=jax.device_put(np.asarray(kl)[None]),
+        kl_stderr_by_fraction=jax.device_put(np.asarray(kl_stderr)[None]),
         gains=gains.reshape(-1),
     )
 

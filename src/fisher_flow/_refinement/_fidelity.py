@@ -12,6 +12,7 @@ from .._checks import batch_length
 from .._custom_types import Critic
 from .._flows import AbstractFlowPolicy, AbstractPolicy, OneStepPolicy
 from .._linalg import dense_limit, value_and_jacobian
+from .._trees import not_known
 from ._executed_critic import check_critic, critic_value
 from ._selections import flow_underneath
 
@@ -160,7 +161,7 @@ def measure_fidelity(
     }
     for name in [name for name, is_absent in absent.items() if is_absent]:
         for entry in {name, f"{name}_stderr"} & set(measured):
-            measured[entry] = jnp.asarray(jnp.nan, measured[entry].dtype)
+            measured[entry] = not_known(measured[entry].dtype)
     return Fidelity(
         **measured, num_actions=num_observations * num_actions, num_observations=num_observations
     )

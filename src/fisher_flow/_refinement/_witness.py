@@ -21,6 +21,7 @@ from .._geometry import (
     with_flow,
 )
 from .._linalg import value_and_jacobian
+from .._trees import not_known
 from ._method import draw_from_flow
 from ._refined_policy import RefinedPolicy
 
@@ -74,7 +75,7 @@ class Witness(eqx.Module):
 
 
 def absent_witness(dtype: Any) -> Witness:
-    return Witness(*(jnp.asarray(jnp.nan, dtype) for _ in range(7)))
+    return Witness(*(not_known(dtype) for _ in range(7)))
 
 
 def summarise(log_ratios: Float[Array, " actions"], by_scores: Float[Array, " actions"]) -> Witness:
@@ -195,7 +196,7 @@ def witness(
         result = summarise(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
         stderr = result.kl_stderr if by_scores is None else result.difference_stderr
         if by_scores is None:
-            nothing = jnp.asarray(jnp.nan, result.kl.dtype)
+            nothing = not_known(result.kl.dtype)
             entries = lambda result: (result.difference, result.difference_stderr)
             result = eqx.tree_at(entries, result, (nothing, nothing))
         if stderr <= RELATIVE_ERROR * jnp.abs(result.kl):
