@@ -33,7 +33,7 @@ def _constructor(cls: ast.ClassDef, docstring: str) -> ast.stmt:
     after_marker = False
     for field in cls.body:
         if isinstance(field, ast.AnnAssign):
-            if ast.unparse(field.annotation) == "dataclasses.KW_ONLY":
+            if ast.unparse(field.annotation).endswith("KW_ONLY"):
                 after_marker = True
                 continue
             options, default = {}, field.value  # or those of `eqx.field(...)`

@@ -45,7 +45,8 @@ def behaviour(observation, *, key):
 
 
 def main(num_updates=3000, num_episodes=256):
-    data_key, flow_key, critic_key, train_key, play_key = jr.split(jr.key(0), 5)
+    keys = jr.split(jr.key(0), 6)
+    data_key, velocity_key, flow_key, critic_key, train_key, play_key = keys
     data = jax.jit(lambda key: play_episodes(behaviour, key, num_episodes))(data_key)
     observations, actions, rewards, next_observations = data
     next_actions = jnp.roll(actions, -1, axis=1)
@@ -55,7 +56,7 @@ def main(num_updates=3000, num_episodes=256):
         for x in (observations, actions, rewards / 5, next_observations, next_actions)
     )
 
-    velocity = fisher_flow.VelocityMLP(3, (1,), width_size=64, key=flow_key)
+    velocity = fisher_flow.VelocityMLP(3, (1,), width_size=64, key=velocity_key)
     policy = fisher_flow.FlowPolicy(velocity, (1,), bounds=(-2.0, 2.0))
     policy = fisher_flow.fit_flow(
         policy, observations, actions, num_updates=num_updates, key=flow_key, progress=False

@@ -35,8 +35,25 @@ class _GetKey:
         return f"GetKey(seed={self.seed})"
 
 
+def pytest_collection_finish():
+    """Tracing makes many objects that live on, and the collector would walk them all every time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="the seed of `getkey`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup` the tests of a file go to one worker: what they share is made once,
+    and so are the programs that they compile. A test that is slow by itself goes to any worker."""
+    for item in items:
+        alone = item.get_closest_marker("slow") or item.get_closest_marker("xdist_group")
+        if alone is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 The closed forms come from SciPy's distributions and quadrature, never from the library.
 """
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 
 import fisher_flow as ff
+from fisher_flow._geometry import unsettled_score
 
 
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
@@ -32,16 +35,20 @@ class UserPath(ff.AbstractAffineGaussianPath):
         return jnp.cos(jnp.pi / 2 * t)
 
 
-paths = [ff.LinearPath(), UserPath()]
+# Each list holds every public class of its kind; `test_structure.py` says so when one is missing.
+
+paths = [ff.LinearPath(), ff.CosinePath(), ff.VariancePreservingPath(), UserPath()]
+every_path = pytest.mark.parametrize("path", paths, ids=lambda path: type(path).__name__)
 
 scores = [
     ff.PaperScore(time=0.9),
     ff.PerturbedScore(time=0.9, order=1),
     ff.PerturbedScore(time=0.9, order=2),
+    unsettled_score(jnp.zeros(2), jnp.float32),  # of actions with two entries
 ]
 
-# Every metric, as a function of the estimate of the score.
-metrics = {
+# Every cost of a displacement, as a function of the estimate of the score.
+costs = {
     "Euclidean": lambda score: ff.Euclidean(),
     "ScoreOuterProduct": lambda score: ff.ScoreOuterProduct(score),
     "ScoreOuterProduct in nats": lambda score: ff.ScoreOuterProduct(score, normalise=False),
@@ -51,6 +58,84 @@ metrics = {
     "FisherRao": lambda score: ff.FisherRao(score),
     "FisherRao with probes": lambda score: ff.FisherRao(score, num_probes=2),
 }
+
+predictions = [ff.NoisePrediction, ff.DataPrediction, ff.VPrediction, ff.ScorePrediction]
+
+# Every choice among several actions, as a function of a policy, a critic and their number.
+selections = {
+    "BestOf": ff.BestOf,
+    "Resample": lambda policy, critic, n: ff.Resample(policy, critic, 0.5, n),
+}
+
+# Every way to refine, as a function of the radius.
+refinements = {
+    "NaturalStep": lambda radius: natural_step(jnp.float32, radius=radius, num_calibration=64),
+    "Residual": lambda radius: ff.Residual(
+        radius=radius, width_size=8, depth=1, num_updates=2, num_calibration=64, progress=False
+    ),
+    "Steering": lambda radius: ff.Steering(radius, num_calibration=64, num_auxiliary=8),
+}
+
+potentials = [
+    ff.TiltedAction(),
+    ff.ProjectedAction(),
+    ff.PosteriorMean(num_samples=4),
+    ff.TimeWeighted(ff.TiltedAction(), lambda t: t),
+]
+
+log_ratios = [
+    ff.PathLogRatio(solver=diffrax.Heun()),
+    ff.DensityLogRatio(),
+    ff.ExecutedLogRatio(),
+]
+
+encoders = [ff.ImpalaEncoder(widths=(4,), output_size=8)]
+
+# Every way to learn a critic, and every agent, as functions of the sizes of their networks.
+critic_learnings = {
+    "TemporalDifference": lambda **sizes: ff.TemporalDifference(**sizes),
+    "HLGauss": lambda **sizes: ff.HLGauss((-5.0, 5.0), 11, **sizes),
+    "ValueFlow": lambda **sizes: ff.ValueFlow(**sizes, num_steps=2),
+}
+
+
+def agents(**sizes):
+    """Every agent, between them with every way to learn a critic."""
+    flow = ff.BehaviourFlow(**sizes, num_steps=4)
+    by_difference, by_histogram, by_flow = (make(**sizes) for make in critic_learnings.values())
+    return [
+        ff.BehaviourCloning(flow=flow),
+        ff.OneStep(flow=flow, critic=by_histogram, refinement=None),
+        ff.ImplicitQLearning(flow=flow, critic=by_difference, num_candidates=4),
+        ff.FlowQLearning(flow=flow, critic=by_flow),
+        ff.FisherDecorator(flow=flow, critic=by_difference),
+    ]
+
+
+# Every policy, as a function of a flow policy and a critic, on two entries of an action.
+policies = {
+    "FlowPolicy": lambda flow, critic: flow,
+    "OneStepPolicy": lambda flow, critic: ff.OneStepPolicy(
+        lambda o, z: o + 2 * z, (2,), bounds=flow.bounds, dtype=critic.linear.dtype
+    ),
+    "RefinedPolicy": lambda flow, critic: ff.refine(
+        flow, critic, natural_step(critic.linear.dtype, num_auxiliary=4)
+    ),
+    "NormalisedPolicy": lambda flow, critic: ff.NormalisedPolicy(
+        flow, ff.Normaliser(jnp.ones_like(critic.linear), jnp.full_like(critic.linear, 2))
+    ),
+    "SteeredPolicy": lambda flow, critic: _steered(flow, critic),
+    "ExactResample": lambda flow, critic: ff.ExactResample(_steered(flow, critic), critic, 2),
+    **{
+        name: lambda flow, critic, make=make: make(flow, critic, 4)
+        for name, make in selections.items()
+    },
+}
+
+
+def _steered(flow, critic):
+    observations = jnp.zeros((4, 2), critic.linear.dtype)
+    return ff.refine(flow, critic, refinements["Steering"](0.1), observations=observations)
 
 
 def tree_allclose(x, y, *, rtol=1e-5, atol=1e-8):
@@ -169,7 +254,8 @@ class ShiftedVelocity(eqx.Module):
 
 
 class Critic(eqx.Module):
-    """offset + scale · (linear · u - ½ curvature |u|²), u = a - o; all zero but `linear` at first.
+    """offset + scale · (linear · u - ½ curvature |u|² + waves Σ sin(1.5 u)), u = a - o; all but
+    `linear` are zero at first.
 
     Its gradient, but not its value, is NaN where the first entry of the action is beyond `cutoff`.
     The numbers are arrays, so that critics which differ in them share one compilation.
@@ -179,16 +265,20 @@ class Critic(eqx.Module):
     scale: jax.Array
     offset: jax.Array
     curvature: jax.Array
+    waves: jax.Array
     cutoff: jax.Array
 
-    def __init__(self, linear, dtype, *, scale=1.0, offset=0.0, curvature=0.0, cutoff=jnp.inf):
-        self.linear, self.scale, self.offset, self.curvature, self.cutoff = (
-            jnp.asarray(x, dtype) for x in (linear, scale, offset, curvature, cutoff)
+    def __init__(
+        self, linear, dtype, *, scale=1.0, offset=0.0, curvature=0.0, waves=0.0, cutoff=jnp.inf
+    ):
+        self.linear, self.scale, self.offset, self.curvature, self.waves, self.cutoff = (
+            jnp.asarray(x, dtype) for x in (linear, scale, offset, curvature, waves, cutoff)
         )
 
     def __call__(self, observation, action):
         u = action - observation
         value = jnp.sum(self.linear * u) - 0.5 * self.curvature * jnp.sum(u**2)
+        value = value + self.waves * jnp.sum(jnp.sin(1.5 * u))
         first: jax.Array = action.reshape(-1)[0]
         # The square root has no derivative at zero.
         root = jnp.sqrt(jnp.where(first > self.cutoff, 0 * first, jnp.ones_like(first)))
@@ -221,6 +311,54 @@ def natural_step(dtype, *, radius=0.1, damping=0.5, smoothing=0.1, **options):
     radius, damping, smoothing = (jnp.asarray(x, dtype) for x in (radius, damping, smoothing))
     metric = ff.ObservedInformation(ff.PerturbedScore(time=0.95), smoothing)
     return ff.NaturalStep(metric, radius, damping=damping, **options)
+
+
+# Each script in its folder, and what it printed with the traceback that ended it, a line of JSON a
+# script. What one has set or imported from its folder is for this script alone.
+_run_all = """
+import contextlib, io, json, os, runpy, sys, traceback
+import jax
+
+before = dict(jax.config.values)
+for path, outcomes in json.load(sys.stdin):
+    folder, printed, error = os.path.dirname(path), io.StringIO(), ""
+    imported = set(sys.modules)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    with contextlib.redirect_stdout(printed):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except BaseException:
+            error = traceback.format_exc()
+    sys.path.remove(folder)
+    for name in set(sys.modules) - imported:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder + os.sep):
+            del sys.modules[name]
+    for option, value in before.items():
+        if jax.config.values[option] is not value:
+            jax.config.update(option, value)
+    with open(outcomes, "a", encoding="utf-8") as file:
+        print(json.dumps([path, printed.getvalue(), error]), file=file)
+"""
+
+
+def run_scripts(paths, outcomes):
+    """Runs files one after the other in one interpreter, in which the programs that they share are
+    compiled once. For each file what it printed, and the traceback that ended it or nothing. The
+    file `outcomes` is written on the way, so that a crash is blamed on the script that crashed."""
+    result = subprocess.run(
+        [sys.executable, "-c", _run_all],
+        input=json.dumps([(str(path), str(outcomes)) for path in paths]),
+        # Compiling takes most of the time.
+        env=os.environ
+        | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = outcomes.read_text(encoding="utf-8").splitlines() if outcomes.exists() else []
+    found = {path: (printed, error) for path, printed, error in map(json.loads, lines)}
+    return {path: found.get(str(path), ("", f"it did not end:\n{result.stdout}")) for path in paths}
 
 
 def run_script(script, **values):

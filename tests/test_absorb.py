@@ -15,10 +15,7 @@ import fisher_flow as ff
 from fisher_flow._refinement._fidelity import measure_fidelity
 
 
-pytestmark = [
-    pytest.mark.xdist_group("absorb"),
-    pytest.mark.usefixtures("standard_promotion"),
-]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 observations = jnp.zeros((256, 2))
 linear = Critic([0.8, -0.5], jnp.float64)
 mean, covariance = np.asarray(correlated().means[0]), np.asarray(correlated().covariances[0])
@@ -58,7 +55,7 @@ def test_energy_coefficient():
             jax.scipy.special.erf(m / np.sqrt(2 * v))
         )
 
-    make = lambda m, v: gaussian([m], [[v]]).policy(**accurate)
+    make = lambda m, v: ff.OneStepPolicy(lambda o, z: m + v**0.5 * z, (1,), dtype=jnp.float64)
     critic = Critic([1.0], jnp.float64)
     fidelity = fidelity_of(make(0.0, 1.0), make(1.5, 0.5), critic, num_actions=64)
     between, within = expected(1.5, 1.5), expected(0.0, 2.0) + expected(0.0, 1.0)
@@ -92,6 +89,13 @@ def refined():
         return ff.refine(learned_flow(jr.key(0)), linear, observations=observations, key=jr.key(1))
 
 
+@eqx.filter_jit
+def value(policy):
+    """The mean value of its actions, drawn afresh."""
+    act = lambda key: policy.draw(jnp.zeros(2), key=key)
+    return jnp.mean(jax.vmap(lambda key: linear(jnp.zeros(2), act(key)))(jr.split(jr.key(4), 2048)))
+
+
 def test_absorb_a_refined_policy(refined):
     flow = refined.flow_policy
     absorbed, fidelity = ff.absorb(
@@ -105,10 +109,7 @@ def test_absorb_a_refined_policy(refined):
     assert 0 < before.kl and fidelity.kl < 0.3 * before.kl
     assert abs(fidelity.lost) < 0.3 * fidelity.improvement
     assert fidelity.energy < 0.3 * before.energy
-    # The gain is that of the certificate.
-    report = ff.certify(refined, linear, observations, key=jr.key(3))
-    stderr = jnp.hypot(report.improvement_stderr, fidelity.improvement_stderr)
-    assert abs(report.improvement - fidelity.improvement) < 5 * stderr
+    assert np.allclose(fidelity.improvement, value(refined) - value(flow), atol=0.08)
 
 
 def test_absorb_a_choice_among_several(refined):
@@ -118,11 +119,6 @@ def test_absorb_a_choice_among_several(refined):
     )
     assert np.isnan(fidelity.kl) and "-" in str(fidelity).splitlines()[0]
     assert fidelity.improvement > 0.5 and abs(fidelity.lost) < 0.3 * fidelity.improvement
-    value = lambda policy: jax.jit(
-        lambda keys: jax.vmap(lambda k: linear(jnp.zeros(2), policy.draw(jnp.zeros(2), key=k)))(
-            keys
-        )
-    )(jr.split(jr.key(4), 2048)).mean()
     gain = value(best) - value(refined.flow_policy)
     assert np.allclose(fidelity.improvement, gain, atol=0.08)
     assert np.allclose(value(best) - value(absorbed), fidelity.lost, atol=0.08)
@@ -176,7 +172,10 @@ def test_distil_a_refined_policy(refined):
     assert abs(fidelity.lost) < 0.3 * fidelity.improvement
 
 
-def test_what_is_fitted_has_the_bounds_of_the_policy():
+def test_what_is_fitted_has_the_bounds_of_the_policy(monkeypatch):
+    for module in "_absorb", "_distill":  # what the fits cost is not asked here
+        name = f"fisher_flow._refinement.{module}.measure_fidelity"
+        monkeypatch.setattr(name, lambda *args, **options: None)
     bounds = ff.TanhBounds(-0.5, 0.5)
     policy = shifted_policy(gaussian(mean, covariance), bounds=bounds)
     options: dict[str, Any] = dict(

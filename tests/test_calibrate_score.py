@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import bimodal, Critic, dtypes, gaussian, paths, tree_allclose, UserPath
+from helpers import bimodal, Critic, dtypes, every_path, gaussian, tree_allclose, UserPath
 
 import fisher_flow as ff
 
@@ -27,7 +27,7 @@ def calibrate(policy, actions, **options):
     return ff.calibrate_score(policy, observations, actions, key=jr.key(1), **options)
 
 
-@pytest.mark.parametrize("path", paths, ids=lambda path: type(path).__name__)
+@every_path
 def test_criterion_of_a_gaussian(path):
     # The score of N(0, σ² I) smoothed by r is -a / (σ² + r²).
     variance, size = 0.6, 2

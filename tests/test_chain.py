@@ -8,7 +8,6 @@ from helpers import affine_kl, correlated, Critic, gaussian, shifted_policy, tre
 import fisher_flow as ff
 
 
-pytestmark = pytest.mark.xdist_group("chain")
 g = np.array([0.8, -0.5])
 covariance = np.asarray(correlated().covariances[0])
 observations = jr.normal(jr.key(0), (256, 2))
@@ -84,7 +83,7 @@ def test_ends_where_the_gain_is_gone():
 
 
 def test_a_critic_with_nothing_to_say_leaves_the_policy():
-    policy, result = chain(lambda observation, action: jnp.zeros(()))
+    policy, result = chain(Critic([0.0, 0.0], jnp.float64))
     assert result.policy is policy and result.certificates == ()
     assert result.rejected is not None and result.rejected.improvement == 0
 
@@ -106,34 +105,39 @@ def test_dtype():
 
 def test_follows_a_critic_that_bends():
     """Where one step leaves along a tangent, several follow the curve: more gain at one KL."""
-    policy = shifted_policy(correlated(), num_steps=20)
-    critic = lambda o, a: jnp.sum(jnp.sin(1.5 * (a - o)))
-    held_out = jr.normal(jr.key(3), (512, 2))
-    method = ff.NaturalStep(ff.ObservedInformation(ff.PerturbedScore(time=0.95)), radius=0.5)
-    single = ff.refine(policy, critic, method, observations=observations, key=jr.key(4))
-    single = ff.certify(single, critic, held_out, key=jr.key(5))
-    result = ff.refine_chain(
-        policy, critic, method, num_steps=2, observations=observations,
-        held_out=held_out, key=jr.key(4),
-    )  # fmt: skip
-    last = result.certificates[-1]
+    critic = Critic([0.0, 0.0], jnp.float64, waves=1.0)
+    _, single = chain(critic, radius=0.5, num_steps=1)
+    _, several = chain(critic, radius=0.5, num_steps=2)
+    (single,), (_, last) = single.certificates, several.certificates
     assert last.total_kl < single.kl + 3 * (last.total_kl_stderr + single.kl_stderr)
     more = last.total_improvement - single.improvement
     assert more > 3 * jnp.hypot(last.total_improvement_stderr, single.improvement_stderr)
     assert last.folded <= 0.001
 
 
-def test_goes_on_from_what_a_policy_has_spent(translated):
+def test_goes_on_from_what_a_policy_has_spent(translated, monkeypatch):
     _, first = translated
     critic = Critic(g, jnp.float64)
     metric = ff.ObservedInformation(ff.PerturbedScore(time=0.95), smoothing=jnp.asarray(0.0))
     make = lambda radius: ff.NaturalStep(metric, jnp.asarray(radius), damping=jnp.asarray(1e-6))
     once = first.policy.policy  # after the first of two steps, which has spent 0.1
+    # Of the second step what it is asked for is enough: the first is taken in its place.
+    asked, refined = [], []
+
+    def refine(policy, critic, method, **options):
+        asked.append(method.radius)
+        refined.append(ff.refine(policy, critic, method, **options) if not refined else refined[0])
+        return refined[0]
+
+    monkeypatch.setattr("fisher_flow._refinement._chain.refine", refine)
     result = ff.refine_chain(once, critic, make(0.4), num_steps=2, observations=observations)
-    assert result.start is not None and np.allclose(result.start.total_kl, 0.1, rtol=0.02)
-    # Equal distances: the roots of the KLs rise from 0.1 to 0.4 in equal steps.
-    expected = np.square(np.sqrt(0.1) + np.array([0.5, 1.0]) * (np.sqrt(0.4) - np.sqrt(0.1)))
-    assert np.allclose([report.kl for report in result.certificates], expected, rtol=0.02)
+    assert result.start is not None
+    spent = result.start.total_kl
+    assert np.allclose(spent, 0.1, rtol=0.02)
+    # Equal distances: the roots of the KLs rise to that of 0.4 in equal steps.
+    roots = np.sqrt(spent) + np.array([0.5, 1.0]) * (np.sqrt(0.4) - np.sqrt(spent))
+    assert np.allclose(asked, roots**2)
+    assert np.allclose(result.certificates[0].kl, asked[0], rtol=0.02)
     assert "start" in str(result) and np.size(result.plot().axes[0].lines[0].get_xdata()) == 4
     with pytest.raises(ValueError, match=r"its flow, 0\.(1|09\d*) nats.*NaturalStep\(radius=0\.15"):
         ff.refine_chain(once, critic, make(0.05), observations=observations)

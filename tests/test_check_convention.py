@@ -1,4 +1,5 @@
 import equinox as eqx
+import helpers
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -8,12 +9,8 @@ import pytest
 import fisher_flow as ff
 
 
-# One worker, so that what the tests share is made once.
-pytestmark = pytest.mark.xdist_group("check_convention")
-
-
-paths = [ff.LinearPath(), ff.CosinePath(), ff.VariancePreservingPath()]
-kinds = [None, ff.NoisePrediction, ff.DataPrediction, ff.VPrediction, ff.ScorePrediction]
+paths = [path for path in helpers.paths if not isinstance(path, helpers.UserPath)]
+kinds = [None, *helpers.predictions]
 everything = [(path, kind, reverse) for path in paths for kind in kinds for reverse in (0, 1)]
 
 mean, variance = np.array([0.5, -1.0]), np.array([0.2, 1.5])
@@ -37,7 +34,14 @@ class Network(eqx.Module):
         s = -(x - α * mean) / (α**2 * variance + σ**2)
         noise, data = -σ * s, (x + σ**2 * s) / α
         velocity = (α_dot * data + σ_dot * noise) * jnp.where(self.reverse, -1.0, 1.0)
-        return jnp.stack([velocity, noise, data, α * noise - σ * data, s])[self.kind]
+        output = {
+            None: velocity,
+            ff.NoisePrediction: noise,
+            ff.DataPrediction: data,
+            ff.VPrediction: α * noise - σ * data,
+            ff.ScorePrediction: s,
+        }
+        return jnp.stack([output[kind] for kind in kinds])[self.kind]
 
 
 def trained(path, kind, reverse):
@@ -109,6 +113,7 @@ def test_a_path_of_the_user_is_among_the_candidates():
     assert next(iter(errors)) == "network, path=Own()" and len(errors) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_learned_networks_are_told_apart_too():
     # Learned along the linear path, so imperfect: the declarations still differ by far more.

@@ -1,19 +1,22 @@
 """Runs every Python block of the README, of the documentation and of the docstrings.
 
-The blocks of one page run in order, in one namespace, in an interpreter and a folder of their own:
-what a reader gets who pastes them one after the other.
+The blocks of one page run in order, in a namespace and a folder of their own: what a reader gets
+who pastes them one after the other. The pages share two interpreters: to start one, and to compile
+the same small programs again, takes longer than most pages do.
 """
 
-import os
+import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_scripts
 
+
+pytestmark = pytest.mark.slow
 
 root = Path(__file__).parent.parent
+num_interpreters = 2
 
 
 def _python_blocks(text: str) -> str:
@@ -33,58 +36,53 @@ def _python_blocks(text: str) -> str:
 
 
 scripts = {
-    path.relative_to(root): script
+    path.relative_to(root).as_posix(): script
     for path in [root / "README.md", *root.glob("docs/**/*.md"), *root.glob("src/**/*.py")]
     if (script := _python_blocks(path.read_text(encoding="utf-8"))).strip()
 }
-pages = sorted(page for page in scripts if page.suffix == ".md")
-modules = sorted(page for page in scripts if page.suffix == ".py")
 
 
-def run(command, folder):
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        # Compiling takes most of the time.
-        env=os.environ
-        | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def _shares():
+    """The pages of each interpreter: the longest first, in turn, so that the shares are alike."""
+    by_length = sorted(scripts, key=lambda page: -len(scripts[page].split()))
+    return [sorted(by_length[i::num_interpreters]) for i in range(num_interpreters)]
 
 
-def test_the_readme_has_an_example():
-    assert Path("README.md") in scripts
+shares = _shares()
 
 
-@pytest.mark.parametrize("page", pages, ids=str)
-def test_python_blocks(page, tmp_path):
-    (tmp_path / page.name).write_text(scripts[page], encoding="utf-8")
-    result = run([page.name], tmp_path)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What each page of a share came to, all from one interpreter."""
+
+    @functools.cache
+    def run(share):
+        home, paths = tmp_path_factory.mktemp("pages"), {}
+        for page in shares[share]:
+            paths[page] = home / page.replace("/", "__") / Path(page).name
+            paths[page].parent.mkdir()
+            paths[page].write_text(scripts[page], encoding="utf-8")
+        found = run_scripts(list(paths.values()), home / "outcomes")
+        return {page: found[path] for page, path in paths.items()}
+
+    return run
+
+
+def test_the_readme_and_the_docstrings_have_examples():
+    assert "README.md" in scripts
+    assert sum(page.startswith("src/") for page in scripts) > 10
+
+
+@pytest.mark.parametrize(
+    "page, share",
+    [
+        # One worker for each share, so that it runs once.
+        pytest.param(page, share, id=page, marks=pytest.mark.xdist_group(f"pages {share}"))
+        for share, pages in enumerate(shares)
+        for page in pages
+    ],
+)
+def test_python_blocks(page, share, outcomes):
+    printed, error = outcomes(share)[page]
     # The traceback names the page and the line in it, and shows the code.
-    assert result.returncode == 0, f"a block of {page} fails:\n\n{result.stdout}"
-
-
-# Namespaces of their own, but one interpreter for all: starting it takes longer than they do.
-run_all = """
-import pathlib, runpy, sys, traceback
-failed = 0
-for name in sys.argv[1:]:
-    try:
-        runpy.run_path(name)
-    except Exception:
-        failed += 1
-        traceback.print_exc()
-sys.exit(failed)
-"""
-
-
-def test_python_blocks_of_docstrings(tmp_path):
-    for module in modules:
-        (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / module).write_text(scripts[module], encoding="utf-8")
-    (tmp_path / "run_all.py").write_text(run_all, encoding="utf-8")
-    assert len(modules) > 10
-    result = run(["run_all.py", *map(str, modules)], tmp_path)
-    assert result.returncode == 0, result.stdout
+    assert error == "", f"a block of {page} fails:\n\n{printed}\n{error}"

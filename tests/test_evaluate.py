@@ -104,6 +104,7 @@ class Chunked:
         return jax.random.normal(key, (3, 1), observation.dtype)
 
 
+@functools.cache
 def by_hand(policy, seed):
     """Plays one episode without a vector environment, or an actor."""
     env, steps, total, chunk = Walk(), 0, 0.0, []
@@ -119,9 +120,19 @@ def by_hand(policy, seed):
     return total, steps, info["success"]
 
 
-@pytest.mark.parametrize("policy", [Noisy(), Chunked()], ids=["one action", "chunks"])
-@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
-@pytest.mark.parametrize("num_envs", [1, 3, 8])
+# Every mode with every number of environments, and both kinds of policies in turn.
+kinds = [Noisy(), Chunked()]
+every_kind_of_play = pytest.mark.parametrize(
+    "policy, mode, num_envs",
+    [
+        pytest.param(kinds[(i + j) % 2], mode, num, id=f"{mode.name}-{num}")
+        for i, mode in enumerate(AutoresetMode)
+        for j, num in enumerate((1, 3, 8))
+    ],
+)
+
+
+@every_kind_of_play
 def test_an_episode_depends_on_its_seed_alone(policy, mode, num_envs):
     envs = SyncVectorEnv([Walk] * num_envs, autoreset_mode=mode)
     episodes = ff.rollout(policy, envs, num_episodes=7, seed=5)
@@ -145,7 +156,7 @@ def test_evaluate_returns_the_returns_of_one_episode_in_each_environment():
 def test_the_other_name_of_success_and_none(reports, mode):
     make = type("Other", (Walk,), {"reports": reports})
     episodes = ff.rollout(Noisy(), SyncVectorEnv([make] * 2, autoreset_mode=mode), num_episodes=5)
-    expected = [np.nan if reports is None else by_hand(Noisy(), seed)[2] for seed in range(5)]
+    expected = [np.nan if reports is None else by_hand(kinds[0], seed)[2] for seed in range(5)]
     assert np.array_equal(episodes.successes, expected, equal_nan=True)
 
 
@@ -157,12 +168,13 @@ class Boasting(Walk):
 
 
 def test_success_that_some_environments_report_is_not_that_of_others():
-    expected = [by_hand(Noisy(), seed)[2] or np.nan for seed in range(6)]
+    expected = [by_hand(kinds[0], seed)[2] or np.nan for seed in range(6)]
     for num_envs in (1, 6):
         episodes = ff.rollout(Noisy(), SyncVectorEnv([Boasting] * num_envs), num_episodes=6)
         assert np.array_equal(episodes.successes, expected, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_environments_in_processes_of_their_own():
     make = functools.partial(gymnasium.make, "Pendulum-v1", max_episode_steps=20)
     policy = gaussian([0.0], [[1.0]]).policy(bounds=(-2.0, 2.0))
@@ -199,7 +211,7 @@ def test_a_video_shows_the_episode_of_its_seed(tmp_path, suffix):
 
 def test_a_video_with_fewer_frames(tmp_path):
     env = Walk(render_mode="rgb_array")
-    seed = next(seed for seed in range(10) if by_hand(Noisy(), seed)[1] > 4)
+    seed = next(seed for seed in range(10) if by_hand(kinds[0], seed)[1] > 4)
     episode = ff.record_video(Noisy(), env, tmp_path / "a.gif", seed=seed, every=3, max_steps=4)
     assert episode.lengths[0] == 4
     with Image.open(tmp_path / "a.gif") as image:
@@ -225,7 +237,7 @@ class Coloured(Walk):
 @pytest.mark.parametrize("every", [1, 2])
 def test_an_mp4_has_the_frames_the_rate_and_the_size_of_the_episode(tmp_path, every):
     av = pytest.importorskip("av")
-    seed = next(seed for seed in range(10) if by_hand(Noisy(), seed)[1] > 4)
+    seed = next(seed for seed in range(10) if by_hand(kinds[0], seed)[1] > 4)
     path = tmp_path / "episode.mp4"
     episode = ff.record_video(
         Noisy(), Coloured("rgb_array"), path, seed=seed, every=every, max_steps=4
@@ -326,12 +338,10 @@ def played_by_hand(policy, seed):
     return rows
 
 
-@pytest.mark.parametrize("policy", [Noisy(), Chunked()], ids=["one action", "chunks"])
-@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
-@pytest.mark.parametrize("num_envs, copied", [(1, True), (3, False), (8, True)])
-def test_collected_are_the_transitions_of_the_episodes(policy, mode, num_envs, copied):
+@every_kind_of_play
+def test_collected_are_the_transitions_of_the_episodes(policy, mode, num_envs):
     policy = OfDicts(policy)
-    envs = SyncVectorEnv([Ending] * num_envs, autoreset_mode=mode, copy=copied)
+    envs = SyncVectorEnv([Ending] * num_envs, autoreset_mode=mode, copy=num_envs != 3)
     t = ff.collect(policy, envs, num_episodes=7, seed=5)
     expected = [row for seed in range(5, 12) for row in played_by_hand(policy, seed)]
     o, a, r, masks, next_o, next_a, ends = (

@@ -1,5 +1,6 @@
 """Samplers as files that run without the library."""
 
+import functools
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ def critic(observation, action):
     return jnp.sum(jnp.sin(action)) + 0.1 * jnp.sum(observation)
 
 
+@functools.cache
 def policies():
     base = bimodal(jnp.float32).policy(bounds=(-2.0, 2.0))
     method = ff.NaturalStep(
@@ -49,7 +51,7 @@ def test_the_file_draws_what_the_policy_draws(name, tmp_path):
 def test_the_file_needs_nothing_but_jax(tmp_path):
     ff.export_sampler(policies()["refined"], jnp.zeros(3, jnp.float32), tmp_path / "policy.jax")
     code = (
-        "import sys, jax, jax.numpy as jnp\n"
+        "import sys, jax.export, jax.numpy as jnp\n"
         "jax.config.update('jax_enable_x64', True)\n"
         "sampler = jax.export.deserialize(bytearray(open('policy.jax', 'rb').read()))\n"
         "jnp.linalg.eigh(jnp.eye(1))\n"  # as the documentation says

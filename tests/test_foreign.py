@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import bimodal
+from helpers import bimodal, paths
 from jax.tree_util import Partial
 
 import fisher_flow as ff
@@ -124,13 +124,12 @@ def critic(observation, action):
 
 
 def refined_actions(velocity):
+    # Without observations, so that the calibration is a part of the sample: one program.
     policy = ff.FlowPolicy(velocity, (2,), dtype=jnp.float32)
-    observations = jr.normal(jr.key(1), (64, 2), jnp.float32)
-    method = ff.NaturalStep(
-        ff.ObservedInformation(ff.PerturbedScore(0.9)), 0.2, num_calibration=256
-    )
-    refined = ff.refine(policy, critic, method, observations=observations)
-    keys = jr.split(jr.key(2), 64)
+    observations = jr.normal(jr.key(1), (16, 2), jnp.float32)
+    method = ff.NaturalStep(ff.ObservedInformation(ff.PerturbedScore(0.9)), 0.2, num_auxiliary=16)
+    refined = ff.refine(policy, critic, method)
+    keys = jr.split(jr.key(2), 16)
     return jax.vmap(lambda o, key: refined.sample(o, key=key))(observations, keys)
 
 
@@ -282,6 +281,7 @@ def test_inside_a_scan_with_optax(critic_parameters):
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
 
 
+@pytest.mark.slow
 def test_inside_shard_map():
     # Devices are counted when JAX starts: hence another process.
     code = """
@@ -338,7 +338,7 @@ def test_the_same_policy_on_every_path_and_in_both_directions_of_time():
     mixture = bimodal(jnp.float64)
     actions = mixture.sample(200, jr.key(0))
     true = jax.vmap(mixture.smoothed(0.05**2).score)(actions)
-    for path in (ff.LinearPath(), ff.CosinePath(), ff.VariancePreservingPath()):
+    for path in paths:
         velocity = mixture.velocity(path)
         reversed_velocity = lambda t, x, o, v=velocity: -v(1 - t, x, o)
         score = ff.PerturbedScore(path.time_at_noise_ratio(jnp.asarray(0.05)), order=1)

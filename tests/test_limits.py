@@ -45,7 +45,7 @@ def test_clipping_spends_less_than_is_measured(shift):
     assert np.allclose(share, atoms[1, 1], atol=5 * np.sqrt(0.25 / 4000))
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 8, 21])
+@pytest.mark.parametrize("size", [1, 5, 21])
 def test_scaling_of_a_gaussian(size):
     """Where the divergence counts most: its closed form, and the paper's cost at (d + 2) / 2."""
     policy, score = gaussian(np.zeros(size), np.eye(size)).policy(), ff.PerturbedScore(time=0.99)

@@ -262,7 +262,7 @@ def test_shards_are_read_one_by_one(tmp_path):
     assert peak < 1.5 * 8 * one + 4 * one
 
 
-@quiet
+@needs_ogbench
 def test_shards_have_the_rewards_of_a_task(made, tmp_path):
     """From one environment for all of them, as OGBench reads each."""
     large = tmp_path / f"{NAME}-100m-v0"

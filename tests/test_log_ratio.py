@@ -10,6 +10,7 @@ from helpers import (
     dtypes,
     gaussian,
     gaussian_kl,
+    log_ratios,
     random_covariance,
     UserPath,
     within,
@@ -18,11 +19,6 @@ from helpers import (
 import fisher_flow as ff
 
 
-log_ratios = [
-    ff.PathLogRatio(solver=diffrax.Heun()),
-    ff.DensityLogRatio(),
-    ff.ExecutedLogRatio(),
-]
 by_name = pytest.mark.parametrize("log_ratio", log_ratios, ids=lambda x: type(x).__name__)
 
 

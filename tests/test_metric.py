@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -6,12 +8,11 @@ import pytest
 from helpers import (
     affine_kl,
     bimodal,
+    costs,
     dtypes,
     gaussian,
-    metrics,
     Mixture,
     random_covariance,
-    scores,
     tree_allclose,
     within,
 )
@@ -19,66 +20,61 @@ from helpers import (
 import fisher_flow as ff
 
 
-# Every metric with every estimate of the score; and in float32 with one of them.
-every_metric = pytest.mark.parametrize(
-    "metric, dtype",
-    [
-        (make_metric(score), dtype)
-        for name, make_metric in metrics.items()
-        for dtype, some_scores in ((jnp.float64, scores), (jnp.float32, scores[2:]))
-        for score in (some_scores[:1] if name == "Euclidean" else some_scores)
-    ],
-    ids=lambda x: getattr(x, "__name__", repr(x)),
-)
+score = ff.PerturbedScore(time=0.9)
 
 
-@every_metric
-def test_laws_of_a_metric(metric, dtype, getkey):
+# The estimates of the score have laws of their own, in `test_score.py`: one of them will do here.
+@dtypes
+@pytest.mark.parametrize("name", costs)
+def test_laws_of_a_cost(name, dtype, getkey):
+    cost = costs[name](score)
     policy = bimodal(dtype).policy(num_steps=1)
     displacement = jnp.asarray([0.3, -0.7], dtype)
     key = getkey()
 
     def evaluate(a):
-        cost = lambda field: metric.cost(policy, None, a, field, key=key)
-        G = metric.operator(policy, None, a, key=key)
-        return dict(
-            matrix=G.as_matrix(),
-            quadratic=0.5 * displacement @ G.mv(displacement),
-            constant=cost(lambda a: displacement),
-            zero=cost(jnp.zeros_like),
+        of = lambda field: cost.cost(policy, None, a, field, key=key)
+        values = dict(
+            constant=of(lambda a: displacement),
+            zero=of(jnp.zeros_like),
+            bent=of(jnp.sin),
+            axes=jnp.stack([of(lambda a, e=e: e) for e in jnp.eye(2, dtype=dtype)]),
+            mean_eigenvalue=cost.mean_eigenvalue(policy, None, a, key=key),
         )
+        if isinstance(cost, ff.AbstractMetric):
+            G = cost.operator(policy, None, a, key=key)
+            values |= dict(matrix=G.as_matrix(), quadratic=0.5 * displacement @ G.mv(displacement))
+        return values
 
     # The last is far out, where the score is large.
     actions = jnp.stack([*jr.normal(getkey(), (3, 2), dtype), jnp.asarray([4.0, -5.0], dtype)])
     batch = jax.jit(jax.vmap(evaluate))(actions)
     assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {jnp.dtype(dtype)}
-
-    G = np.asarray(batch["matrix"])
-    largest = np.abs(G).max(axis=(1, 2))
-    tol = 1e-12 if dtype == jnp.float64 else 1e-5
-    assert np.all(np.abs(G - G.swapaxes(1, 2)) <= tol * largest[:, None, None])
-    assert np.all(np.linalg.eigvalsh(G) >= -tol * largest[:, None])
     assert np.all(batch["zero"] == 0)
-    # Where two terms of the score cancel, the quadratic form and the square round differently.
+    # Outside `jit`, and for one action. Rounding is multiplied by up to 1 / σ².
+    tol = 1e-9 if dtype == jnp.float64 else 1e-3
+    single = cost.cost(policy, None, actions[0], jnp.sin, key=key)
+    assert tree_allclose(batch["bent"][0], single, rtol=tol, atol=tol)
+
+    tol = 1e-12 if dtype == jnp.float64 else 1e-5
+    largest = 2 * np.max(batch["axes"], axis=1)
     scale = tol * np.maximum(largest, 1)
-    assert np.all(np.abs(batch["constant"] - batch["quadratic"]) <= scale)
-
-
-@pytest.mark.parametrize("name", metrics)
-def test_jit_and_vmap(name, getkey):
-    metric, policy = metrics[name](scores[2]), bimodal().policy(num_steps=1)
-    actions, key = jr.normal(getkey(), (2, 2)), getkey()
-    cost = lambda a: metric.cost(policy, None, a, jnp.sin, key=key)
-    single = cost(actions[0])
-    # Rounding is multiplied by up to 1 / σ².
-    assert tree_allclose(jax.jit(cost)(actions[0]), single, rtol=1e-9, atol=1e-9)
-    assert tree_allclose(jax.jit(jax.vmap(cost))(actions)[0], single, rtol=1e-9, atol=1e-9)
+    assert np.all(np.abs(batch["mean_eigenvalue"] - np.sum(batch["axes"], axis=1)) <= scale)
+    if "matrix" in batch:
+        G = np.asarray(batch["matrix"])
+        largest = np.abs(G).max(axis=(1, 2))
+        assert np.all(np.abs(G - G.swapaxes(1, 2)) <= tol * largest[:, None, None])
+        assert np.all(np.linalg.eigvalsh(G) >= -tol * largest[:, None])
+        # Where two terms of the score cancel, the quadratic form and the square round differently.
+        scale = tol * np.maximum(largest, 1)
+        assert np.all(np.abs(batch["constant"] - batch["quadratic"]) <= scale)
 
 
 def test_normalised_metrics_have_trace_one(getkey):
     policy, action = bimodal().policy(num_steps=2), jr.normal(getkey(), (2,))
     for name in "ScoreOuterProduct", "AveragedFisher":
-        G = metrics[name](scores[1]).operator(policy, None, action, key=getkey()).as_matrix()
+        metric: Any = costs[name](score)
+        G = metric.operator(policy, None, action, key=getkey()).as_matrix()
         assert np.allclose(np.trace(G), 1)
 
 
@@ -148,7 +144,7 @@ def mean_cost(metric, base, displacement, num):
     return float(mean(base.sample(num, jr.key(1))))
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 8, 21])
+@pytest.mark.parametrize("size", [1, 2, 8])
 def test_fisher_rao_predicts_the_kl_of_small_maps(size):
     ε = 0.02
     keys = jr.split(jr.key(size), 4)
@@ -158,18 +154,6 @@ def test_fisher_rao_predicts_the_kl_of_small_maps(size):
     predicted = mean_cost(ff.FisherRao(), base, lambda a: A @ a + b, num=40_000)
     # The cost has a standard deviation of up to four times its mean: 2% for the mean of 40,000.
     assert np.allclose(predicted, affine_kl(base, A, b), rtol=0.05)
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 8, 21])
-def test_what_dropping_the_divergence_costs(size):
-    # For N(0, I) and δ = ε a: ½ E[(s·δ)²] = ½ ε² d (d + 2), while the KL is ε² d.
-    ε = 0.01
-    base = gaussian(np.zeros(size), np.eye(size))
-    metric = ff.ScoreOuterProduct(normalise=False)
-    ratio = mean_cost(metric, base, lambda a: ε * a, num=40_000) / affine_kl(
-        base, ε * np.eye(size), np.zeros(size)
-    )
-    assert np.allclose(ratio, (size + 2) / 2, rtol=0.1)
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -221,8 +205,7 @@ def test_third_order_is_second_order_for_small_displacements(dtype, getkey):
     assert jax.grad(lambda ε: mean_costs(ε)[1])(jnp.asarray(0, dtype)) == 0
 
 
-@pytest.mark.parametrize("num_probes", [1, 3])
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("num_probes, order", [(1, 3), (3, 2)])
 def test_probes_are_unbiased(num_probes, order, getkey):
     policy, action = bimodal().policy(), jnp.asarray([0.3, -0.4])
     scale = {2: 1, 3: 0.1}[order]  # that of third order agrees up to the fourth

@@ -3,17 +3,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import pytest
-from helpers import dtypes, paths, tree_allclose, UserPath
+from helpers import dtypes, every_path, tree_allclose, UserPath
 
 import fisher_flow as ff
-
-
-every_path = pytest.mark.parametrize(
-    "path",
-    [*paths, ff.CosinePath(), ff.VariancePreservingPath()],
-    ids=lambda path: type(path).__name__,
-)
 
 
 @every_path

@@ -24,7 +24,8 @@ def drawn():
     critic = Critic([0.8, -0.5], jnp.float64)
     observations = jr.normal(jr.key(0), (64, 2))
     refined = ff.refine(policy, critic, method, observations=observations)
-    return refined, ff.plot_refinement(refined, o, resolution=30, num_ellipses=3, key=jr.key(1))
+    options = dict(metric=method.metric, resolution=30, num_ellipses=3, key=jr.key(1))
+    return refined, ff.plot_refinement(refined, o, **options)
 
 
 def of_kind(axes, kind):

@@ -10,12 +10,16 @@ import pytest
 from helpers import (
     bimodal,
     bimodal_1d,
+    correlated,
+    Critic,
     dtypes,
     gaussian,
     observed_order,
-    paths,
+    policies,
     random_covariance,
+    shifted_policy,
     tree_allclose,
+    UserPath,
     within,
 )
 
@@ -27,8 +31,15 @@ def as_tolerances(dtype):
     return dict(rtol=1e-5, atol=1e-5) if dtype == jnp.float64 else dict(rtol=1e-3, atol=1e-3)
 
 
-@dtypes
-@pytest.mark.parametrize("path", paths, ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize(
+    "path, dtype",
+    [
+        (ff.LinearPath(), jnp.float64),
+        (ff.LinearPath(), jnp.float32),
+        (ff.CosinePath(), jnp.float32),
+        (UserPath(), jnp.float64),
+    ],
+)
 def test_log_prob_of_a_correlated_gaussian(path, dtype, getkey):
     base = gaussian([0.5, -1.0, 0.2], random_covariance(getkey(), 3), dtype)
     policy, actions = base.policy(path), base.sample(20, getkey())
@@ -214,15 +225,25 @@ def test_the_same_key_gives_the_same_sample(getkey):
     assert not np.array_equal(first, policy.sample(None, key=getkey()))
 
 
-@dtypes
-def test_samples_are_held_to_the_bounds(dtype, getkey):
-    low, high = jnp.asarray([-0.5, -1.0], dtype), 0.3
-    policy = gaussian([0.0, 0.0], np.eye(2), dtype).policy(bounds=(low, high))
-    keys = jr.split(getkey(), 200)
-    samples = jax.vmap(lambda key: policy.sample(None, key=key))(keys)
-    free = jax.vmap(lambda key: policy.draw(None, key=key))(keys)
-    assert samples.dtype == dtype
-    assert np.all(samples >= low[None]) and np.all(samples <= np.asarray(high, dtype))
+low, high = np.array([-0.5, -1.0]), 0.3
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [*((name, jnp.float32) for name in policies), ("FlowPolicy", jnp.float64)]
+)
+def test_samples_are_draws_held_to_the_bounds(name, dtype, getkey):
+    flow = shifted_policy(correlated(dtype), bounds=(low, high))
+    policy = policies[name](flow, Critic([0.8, -0.5], dtype))
+    keys, o = jr.split(getkey(), 50), jnp.full(2, 0.2, dtype)
+
+    @jax.jit
+    @jax.vmap
+    def both(key):
+        return policy.sample(o, key=key), policy.draw(o, key=key)
+
+    samples, free = both(keys)
+    assert samples.shape == (50, 2) and samples.dtype == dtype
+    assert np.all(samples >= low.astype(dtype)) and np.all(samples <= dtype(high))
     assert np.allclose(samples, np.clip(free, low, high), rtol=1e-5, atol=1e-5)
     assert np.any(samples != free)
 

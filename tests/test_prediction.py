@@ -2,14 +2,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import pytest
-from helpers import bimodal, dtypes, UserPath
+from helpers import bimodal, dtypes, every_path, paths, predictions
 
 import fisher_flow as ff
 
 
-paths = [ff.LinearPath(), ff.CosinePath(), ff.VariancePreservingPath(), UserPath()]
-every_path = pytest.mark.parametrize("path", paths, ids=lambda path: type(path).__name__)
 mixture = bimodal()
 
 
@@ -35,30 +32,33 @@ def networks(mixture, path):
 def velocities(mixture, path):
     exact = mixture.velocity(path)
     yield "reversed", ff.ReversedVelocity(lambda t, x, o: -exact(1 - t, x, o))
-    for kind, network in networks(mixture, path).items():
+    exact_networks = networks(mixture, path)
+    for kind in predictions:
+        network = exact_networks[kind]
         yield kind.__name__, kind(network, path)
         turned = ff.ReversedTime(lambda t, x, o, network=network: network(1 - t, x, o))
         yield f"{kind.__name__}, reversed", kind(turned, path)
 
 
 @every_path
-def test_every_prediction_gives_the_same_velocity(path, getkey):
-    exact, x = mixture.velocity(path), jr.normal(getkey(), (2,))
-    for t in jnp.asarray([0.05, 0.5, 0.95]):
-        expected = exact(t, x, None)
-        for name, velocity in velocities(mixture, path):
-            assert np.allclose(velocity(t, x, None), expected, rtol=1e-6, atol=1e-6), name
-
-
-@every_path
-def test_every_prediction_gives_the_same_score(path, getkey):
-    actions = mixture.sample(8, getkey())
+def test_every_prediction_gives_the_same_velocity_and_score(path, getkey):
+    actions, times = mixture.sample(8, getkey()), jnp.asarray([0.05, 0.5, 0.95])
     score = ff.PerturbedScore(time=0.95)
-    scores = lambda policy: jax.jit(jax.vmap(lambda a: score(policy, None, a)))(actions)
-    expected = scores(mixture.policy(path))
-    for name, velocity in velocities(mixture, path):
-        policy = ff.FlowPolicy(velocity, (2,), path=path, dtype=jnp.float64)
-        assert np.allclose(scores(policy), expected, rtol=1e-6, atol=1e-6), name
+
+    @jax.jit
+    def evaluate(actions):
+        def of(velocity):
+            policy = ff.FlowPolicy(velocity, (2,), path=path, dtype=jnp.float64)
+            at_times = jax.vmap(lambda t: jax.vmap(lambda a: velocity(t, a, None))(actions))
+            return at_times(times), jax.vmap(lambda a: score(policy, None, a))(actions)
+
+        exact = of(mixture.velocity(path))
+        return exact, {name: of(velocity) for name, velocity in velocities(mixture, path)}
+
+    exact, of_predictions = evaluate(actions)
+    for name, found in of_predictions.items():
+        for x, expected in zip(found, exact, strict=True):
+            assert np.allclose(x, expected, rtol=1e-6, atol=1e-6), name
 
 
 def test_scores_agree_over_the_paths(getkey):
@@ -72,14 +72,20 @@ def test_scores_agree_over_the_paths(getkey):
     assert np.allclose(values, values[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", paths[:1], ids=lambda path: type(path).__name__)
-def test_samples_agree(path, getkey):
+def test_samples_agree(getkey):
+    path = paths[0]
     # From time 0 on, where the predictions of the noise are 0 / 0.
-    key, exact = getkey(), mixture.policy(path)
-    expected = exact.draw(None, key=key)
-    for name, velocity in velocities(mixture, path):
-        policy = ff.FlowPolicy(velocity, (2,), path=path, dtype=jnp.float64)
-        assert np.allclose(policy.draw(None, key=key), expected, atol=5e-3), name
+    key = getkey()
+
+    @jax.jit
+    def drawn(key):
+        expected = mixture.policy(path).draw(None, key=key)
+        draw = lambda field: ff.FlowPolicy(field, (2,), path=path, dtype=jnp.float64).draw
+        return expected, {name: draw(v)(None, key=key) for name, v in velocities(mixture, path)}
+
+    expected, of_predictions = drawn(key)
+    for name, action in of_predictions.items():
+        assert np.allclose(action, expected, atol=5e-3), name
 
 
 @dtypes

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import bimodal, dtypes, gaussian, tree_allclose
+from helpers import dtypes, gaussian, tree_allclose
 
 import fisher_flow as ff
 
@@ -41,10 +41,10 @@ def test_scale_and_offset_of_the_critic_change_nothing(getkey):
 def test_tends_to_the_tilted_gaussian(getkey):
     # N(0, σ²) exp(Q / β) with Q linear is a translation by σ sqrt(2 radius).
     radius = 0.3
-    policy = resample(1024, radius)
+    policy = resample(256, radius)
     scale = base.flow(None, jnp.ones(1))[0]  # of the ten Euler steps
     samples = jax.jit(jax.vmap(lambda key: policy.sample(None, key=key)))(jr.split(getkey(), 4000))
-    # 4000 samples leave a standard error of 0.016, and 1024 draws waste a little.
+    # 4000 samples leave a standard error of 0.016, and 256 draws waste a little.
     assert np.allclose(samples.mean() / scale, np.sqrt(2 * radius), atol=0.07)
     assert np.allclose(samples.std() / scale, 1, atol=0.06)
 
@@ -65,17 +65,6 @@ def test_kl_is_within_the_radius(n, getkey):
     assert 0.05 < kl <= 0.3 + 0.002
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_values_that_are_not_finite_are_never_preferred(bad, getkey):
-    critic = lambda observation, action: jnp.where(action[0] > 0, bad, action[1])
-    policy = ff.Resample(bimodal().policy(), critic, 0.5, 16)
-    actions = jax.jit(jax.vmap(lambda key: policy.draw(None, key=key)))(jr.split(getkey(), 200))
-    # Of 16 draws, of which 4 in 10 are good, none is good in 0.03% of the cases.
-    assert np.mean(actions[:, 0] > 0) < 0.03
-    p = policy.probabilities(jnp.full(16, bad))
-    assert np.allclose(p, 1 / 16)
-
-
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e9])
 def test_one_value_that_is_very_bad_does_not_matter(size, getkey):
     policy, values = resample(32, radius=0.5), jr.normal(getkey(), (32,)).at[0].set(-size)
@@ -85,12 +74,3 @@ def test_one_value_that_is_very_bad_does_not_matter(size, getkey):
 
 def test_equal_values_leave_the_policy_as_it_is():
     assert np.allclose(resample(8).probabilities(jnp.full(8, 3.0)), 1 / 8)
-
-
-def test_composes_with_bounds(getkey):
-    policy = gaussian([0.0, 0.0], np.eye(2)).policy(bounds=(-0.5, 0.5))
-    chosen = ff.Resample(policy, first)
-    assert chosen.action_shape == (2,) and chosen.bounds == policy.bounds
-    assert chosen.kl_bound == 0.5
-    sample = jax.vmap(lambda key: chosen.sample(None, key=key))(jr.split(getkey(), 100))
-    assert np.all(np.abs(sample) <= 0.5)

@@ -9,11 +9,7 @@ from helpers import correlated, Critic, ShiftedVelocity
 import fisher_flow as ff
 
 
-# One worker, so that what the tests share is made once.
-pytestmark = [
-    pytest.mark.usefixtures("standard_promotion"),
-    pytest.mark.xdist_group("residual"),
-]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 g = np.array([0.8, -0.5], np.float32)
 radius = 0.2
 
@@ -104,9 +100,3 @@ def test_dtype_and_key(trained):
 
 def refined_displacement(refined, action):
     return refined.displacement(jnp.zeros(2, jnp.float32), action)
-
-
-def test_zero_radius_is_the_identity(trained, getkey):
-    policy, refined = train(trained[2], radius=0.0)
-    o, key = jnp.zeros(2, jnp.float32), getkey()
-    assert np.array_equal(refined.sample(o, key=key), policy.sample(o, key=key))

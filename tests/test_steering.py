@@ -1,3 +1,5 @@
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ from helpers import (
     bimodal,
     bimodal_1d,
     Critic,
-    dtypes,
     gaussian,
+    potentials,
     random_covariance,
     shifted_policy,
     UserPath,
@@ -19,8 +21,8 @@ import fisher_flow as ff
 
 
 def steering(radius=0.3, **options):
-    options = dict(num_calibration=256, num_auxiliary=64) | options
-    return ff.Steering(radius, **options)
+    settings: Any = dict(num_calibration=256, num_auxiliary=64) | options
+    return ff.Steering(radius, **settings)
 
 
 def drawn(policy, num, key, observation):
@@ -32,8 +34,11 @@ def observations(size, dtype=jnp.float64, num=4):
     return jnp.zeros((num, size), dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("path", [ff.LinearPath(), UserPath()], ids=["linear", "cosine"])
+@pytest.mark.parametrize(
+    "path, dtype",
+    [(ff.LinearPath(), jnp.float32), (UserPath(), jnp.float64)],
+    ids=["linear", "cosine"],
+)
 def test_a_linear_critic_tilts_a_mixture_exactly(path, dtype, getkey):
     # π* = p exp(k w·a) / Z, of which the log-ratio is known at every single action.
     mixture = bimodal(dtype)
@@ -59,12 +64,10 @@ def test_a_linear_critic_tilts_a_mixture_exactly(path, dtype, getkey):
 @pytest.mark.parametrize(
     "potential",
     [
-        ff.TiltedAction(),
         ff.TiltedAction(sigma_points=False),
-        ff.ProjectedAction(),
-        ff.PosteriorMean(num_samples=4),
+        *(x for x in potentials if not isinstance(x, ff.TimeWeighted)),
     ],
-    ids=["tilted", "slope at the mean", "projected", "posterior"],
+    ids=lambda x: type(x).__name__,
 )
 def test_every_moment_of_a_gaussian(potential, getkey):
     # N(μ, Σ) and a linear critic: all of these are exact, N(μ + k Σ w, Σ).
@@ -73,7 +76,7 @@ def test_every_moment_of_a_gaussian(potential, getkey):
     w = jnp.asarray([0.5, -0.3, 0.8])
     policy = base.policy(solver=diffrax.Heun(), num_steps=64)
     critic = Critic(w, jnp.float64)
-    method = steering(0.4, potential=potential)
+    method = steering(0.4, potential=potential, num_calibration=4096)
     steered = ff.refine(policy, critic, method, observations=observations(3))
     keys = jr.split(getkey(), 64)
     before = jax.vmap(lambda key: policy.draw(jnp.zeros(3), key=key))(keys)
@@ -186,7 +189,7 @@ def test_densities_and_scores_agree(getkey):
     assert np.isclose(r, steered.log_prob(o, action) - policy.log_prob(o, action), atol=5e-3)
     step = 1e-3 * jnp.eye(2)
     log_prob = jax.vmap(lambda a: steered.log_prob(o, a))
-    numerical = (log_prob(action + step) - log_prob(action - step)) / 2e-3
+    numerical = (log_prob(action[None] + step) - log_prob(action[None] - step)) / 2e-3
     score = ff.PerturbedScore(time=0.98)(steered, o, action)
     assert np.allclose(score, numerical, rtol=0.02, atol=0.02)
 

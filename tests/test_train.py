@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import importlib
 import os
@@ -256,8 +257,18 @@ def too_many():
     return jax.tree.map(grow, transitions())
 
 
+@contextlib.contextmanager
+def single_precision():
+    """`jax.enable_x64(False)`, which came with JAX 0.8."""
+    jax.config.update("jax_enable_x64", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", True)
+
+
 def train_with_short_integers(*args):
-    with jax.enable_x64(False):
+    with single_precision():
         train(*args)
 
 
@@ -334,7 +345,7 @@ def test_evaluations_have_the_same_names(tmp_path):
 def test_double_precision_is_cut_without_a_warning():
     data = transitions()
     data = eqx.tree_at(lambda t: t.actions, data, data.actions.astype(np.float64))
-    with jax.enable_x64(False):
+    with single_precision():
         train(averaging, data, 1)
 
 

@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import bimodal, dtypes, paths, tree_allclose
+from helpers import bimodal, dtypes, every_path, tree_allclose
 
 import fisher_flow as ff
 
 
-@pytest.mark.parametrize("path", paths, ids=lambda path: type(path).__name__)
+@every_path
 def test_mixture_velocity_obeys_the_continuity_equation(path, getkey):
     # ∂ₜ log p + ∇·v + v·∇ log p = 0 characterises the velocity, up to fields that move no mass.
     mixture = bimodal()

@@ -81,6 +81,7 @@ from ._geometry import (
     PathLogRatio as PathLogRatio,
     PerturbedScore as PerturbedScore,
     ScoreOuterProduct as ScoreOuterProduct,
+    SteeredAction as SteeredAction,
     TransportKL as TransportKL,
     TransportTerms as TransportTerms,
 )

@@ -37,7 +37,7 @@ def check_instance(name: str, value: Any, cls: type, example: str) -> None:
 
 
 def short(value: Any) -> str:
-    """The representation of a value, cut where a message would drown in it."""
+    """The representation of a value, cut if it is too long for a message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -53,12 +53,12 @@ def check_positive_integer(name: str, value: Any, example: int) -> None:
 def check_at_least(
     name: str, value: Any, minimum: float, example: float, maximum: float = math.inf
 ) -> None:
-    """Refuses what is not one finite number from `minimum` up, or to `maximum`. Lets traced values
-    through."""
+    """Refuses anything but a finite number from `minimum` to `maximum`. Lets traced values through,
+    which are not known."""
     if isinstance(value, jax.core.Tracer):
         return
     try:
-        # NumPy, so that it runs under `jit` too; it would read numbers from strings.
+        # NumPy runs under `jit` too, but reads numbers from strings.
         number = np.nan if isinstance(value, str) else float(np.asarray(value))
     except (TypeError, ValueError):
         number = np.nan
@@ -133,7 +133,7 @@ def check_batch_of_actions(actions: Any, action_shape: tuple[int, ...]) -> None:
 
 
 def is_ogbench(task: str) -> bool:
-    """Whether a task has a name of OGBench's that D4RL does not use."""
+    """Whether the name of a task is one of OGBench, not of D4RL."""
     words = {"singletask", "oraclerep", "navigate", "stitch", "explore"}
     return not words.isdisjoint(task.split("-"))
 

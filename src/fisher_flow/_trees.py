@@ -33,12 +33,12 @@ def plain(tree: PyTree[Any]) -> PyTree[Any]:
 
 
 def ravel_inputs(*trees: PyTree[Any]) -> Float[Array, " size"]:
-    """Lays PyTrees of arrays side by side in one vector, for the input of a network."""
+    """Joins the arrays of PyTrees in one vector, for the input of a network."""
     return jax.flatten_util.ravel_pytree(plain(trees))[0]
 
 
 def fold_in_values(key: PRNGKeyArray, tree: PyTree[Any]) -> PRNGKeyArray:
-    """A key of its own for every value of a PyTree of arrays."""
+    """A key that depends on every value of a PyTree of arrays."""
     values = jax.lax.stop_gradient(ravel_inputs(tree)).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1  # else permutations would agree
@@ -51,10 +51,10 @@ def as_inexact(x: Any) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
-def not_known(dtype: Any) -> Array:
-    """NaN for a number that is not known, made without an operation: `jax_debug_nans` looks at the
-    results of those."""
-    return jax.device_put(np.asarray(np.nan, dtype))
+def as_entries(numbers: Any, dtype: Any) -> Array:
+    """An array of numbers that may be NaN, outside `jax.jit`. It is made without an operation:
+    `jax_debug_nans` looks at the results of those."""
+    return jax.device_put(np.asarray(numbers, dtype))
 
 
 def is_half(dtype: Any) -> bool:
@@ -94,8 +94,8 @@ def constant(tree: PyTree[Any]) -> PyTree[Any]:
 def finite_or_zero(x: Array) -> tuple[Array, Array]:
     """`x` where all of it is finite, zero otherwise; and whether it was.
 
-    One bad entry discards the whole of `x`, since a displacement with some of its entries
-    removed points somewhere that nobody asked for.
+    One bad entry discards the whole of `x`: without some of its entries, a displacement points in
+    another direction.
     """
     finite = jnp.all(jnp.isfinite(x))
     return jnp.where(finite, x, jnp.zeros_like(x)), finite

@@ -34,8 +34,8 @@ class Actor:
             observation, reward, terminated, truncated, _ = env.step(actor(observation))
         ```
 
-    A policy whose actions are chunks, of shape `(horizon, *shape)` for an environment with actions
-    of `shape`, is asked for a chunk whenever the last one is used up.
+    A chunk is an action of shape `(horizon, *shape)`, where `shape` is the shape of the actions of
+    the environment. The actor draws a new chunk when the last one is used up.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Actor:
         - `seed`: the seed of the actions.
         - `deterministic`: whether to use the same noise at every step, which makes the action a
             function of the observation.
-        - `num_executed`: the number of actions of a chunk to execute before the next is drawn; by
-            default all of them.
+        - `num_executed`: the number of actions of a chunk to execute before the next chunk is
+            drawn. By default all of them.
 
         **Raises:**
 
@@ -86,7 +86,7 @@ class Actor:
         arrived = getattr(policy, "action_shape", shape)
         if arrived != shape and arrived[1:] != shape:
             raise ValueError(
-                f"`policy` draws actions of shape {arrived}, but those of `env` have shape "
+                f"`policy` draws actions of shape {arrived}, but the actions of `env` have shape "
                 f"{shape}. Write `action_shape={shape}`, or `action_shape=(horizon, *{shape})` "
                 "for chunks of actions."
             )

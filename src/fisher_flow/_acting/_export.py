@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.export  # with JAX 0.7 `import jax` leaves it out
 import jax.numpy as jnp
 import jax.random as jr
 
@@ -27,7 +28,7 @@ def export_sampler(
 
         ```python
         import fisher_flow
-        import jax
+        import jax.export
         import jax.numpy as jnp
 
         velocity = lambda t, x, o: o + (2 * t - 1) * (x - t * o) / (t**2 + (1 - t) ** 2)
@@ -44,12 +45,13 @@ def export_sampler(
 
     - `policy`: any policy with `sample(observation, key=key)`.
     - `observation`: one observation, any PyTree of arrays, for its shapes and dtypes.
-    - `path`: where to write the file, atomically; or `None`.
+    - `path`: where to write the file. A reader sees the old file or the new one, never a part. With
+        `None` no file is written.
 
     **Other arguments:**
 
-    - `platforms`: the platforms to compile for, such as `("cpu", "cuda", "tpu")`. By default that
-        of this machine.
+    - `platforms`: the platforms to compile for, such as `("cpu", "cuda", "tpu")`. By default the
+        platform of this machine.
 
     **Returns:**
 
@@ -58,8 +60,8 @@ def export_sampler(
 
     **Raises:**
 
-    - `ValueError` if the policy has a step-size controller that adapts: its solver can fail, and a
-        file cannot raise.
+    - `ValueError` if the policy has an adaptive step-size controller. The solver of such a policy
+        can fail, and a file cannot raise.
     """
     arrays, static = eqx.partition(policy, eqx.is_array)
 

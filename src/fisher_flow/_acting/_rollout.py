@@ -20,21 +20,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Episodes:
-    """What came of the episodes that [`fisher_flow.rollout`][] played."""
+    """The results of the episodes that [`fisher_flow.rollout`][] played."""
 
     returns: Float[np.ndarray, " episodes"]
     """The undiscounted return of each episode."""
 
     lengths: Int[np.ndarray, " episodes"]
-    """The number of steps of each."""
+    """The number of steps of each episode."""
 
     successes: Float[np.ndarray, " episodes"]
-    """Whether each ended in success, 1 or 0: what `info["success"]`, or else `info["is_success"]`,
-    said at its last step, as in OGBench. A success that was lost again does not count. NaN where it
-    said neither; of an environment that speaks up only if there is one, take `successes == 1`."""
+    """Whether each episode ended in success, 1 or 0: the value of `info["success"]`, or else of
+    `info["is_success"]`, at its last step, as in OGBench. A success that was lost again does not
+    count. NaN where `info` has neither. Some environments report a success only if there is one:
+    for these take `successes == 1`."""
 
     seeds: Int[np.ndarray, " episodes"]
-    """The seed of each. `rollout(policy, envs, num_episodes=1, seed=seeds[i])` and
+    """The seed of each episode. `rollout(policy, envs, num_episodes=1, seed=seeds[i])` and
     `record_video(policy, env, path, seed=seeds[i])` play episode `i` again."""
 
 
@@ -55,7 +56,7 @@ def evaluate(
         import gymnasium
         import jax.numpy as jnp
 
-        def velocity(t, x, observation):  # noise of standard deviation 1/4, whatever the state
+        def velocity(t, x, observation):  # noise of standard deviation 1/4 in every state
             return (t / 16 - (1 - t)) / (t**2 / 16 + (1 - t) ** 2) * x
 
         policy = fisher_flow.FlowPolicy(velocity, action_shape=(1,), bounds=(-2, 2))
@@ -66,19 +67,20 @@ def evaluate(
 
     **Arguments:**
 
-    - `policy`: any policy, as for [`fisher_flow.Actor`][]. All environments are acted in by one
-        batch.
+    - `policy`: any policy, as for [`fisher_flow.Actor`][]. It acts in all environments at once, as
+        one batch.
     - `envs`: the environments, one episode each.
 
     **Other arguments:**
 
-    - `seed`: seeds the start states (environment `i` starts from `seed + i`) and the actions. The
-        same seed gives every policy the same start states.
+    - `seed`: the seed of the start states and of the actions: environment `i` starts from
+        `seed + i`. The same seed gives every policy the same start states.
     - `max_steps`: the number of steps after which episodes that have not ended raise.
 
     **Returns:**
 
-    The undiscounted return of each episode. [`fisher_flow.rollout`][] returns more than that.
+    The undiscounted return of each episode. [`fisher_flow.rollout`][] returns lengths and successes
+    too.
 
     **Raises:**
 
@@ -95,13 +97,15 @@ def rollout(
     seed: int | np.integer = 0,
     max_steps: int = 100_000,
 ) -> Episodes:
-    """Plays episodes in a Gymnasium vector environment, in rounds of one in each environment.
+    """Plays episodes in a Gymnasium vector environment, in rounds of one episode each environment.
 
     Episode `i` is reset with the seed `seed + i`, and its actions are drawn with noise of that
-    seed. So it is the same episode whatever the number of environments, and can be played again on
-    its own; but for rounding, since a batch of another size may be summed in another order. A round
-    lasts as long as its longest episode, and what environments play beyond that is not counted:
-    stopping at the first `num_episodes` to end would favour the short ones.
+    seed. So the episode does not depend on the number of environments, and can be played again
+    alone. It is the same up to rounding: a batch of another size may be summed in another order.
+
+    A round lasts as long as its longest episode. What an environment plays after its episode has
+    ended is not counted. Stopping after the first `num_episodes` that end would favour short
+    episodes.
 
     !!! warning
 
@@ -159,9 +163,9 @@ def collect(
 ) -> Transitions:
     """Plays the episodes of [`fisher_flow.rollout`][] and returns all their steps, to learn from.
 
-    The masks tell the end of an episode from its being cut off by a time limit, and where a step
-    led is right in every autoreset mode. `next_actions` are those that the policy took next; at the
-    last step of an episode, the one that it would have taken.
+    A mask is 0 where an episode has ended, and 1 where a time limit cut it off. The next
+    observations are right in every autoreset mode. `next_actions` are the actions that the policy
+    took next. At the last step of an episode, that is the action that it would have taken.
 
     !!! example
 
@@ -189,8 +193,8 @@ def collect(
 
     **Returns:**
 
-    [`fisher_flow.Transitions`][] in NumPy, episode after episode: as many rows as steps. What the
-    environment returns in double precision is cut to single precision, as the loaders do.
+    [`fisher_flow.Transitions`][] in NumPy, episode after episode, with a row for each step. Double
+    precision is cut to single precision, as the loaders do.
 
     **Raises:**
 
@@ -224,10 +228,11 @@ def _play(policy, envs, num_episodes, seed, max_steps, write=None):
 
 
 def _play_round(actor, envs, seed, counted, max_steps, steps=None):
-    """Plays an episode in each environment, and returns what came of it where it is `counted`.
+    """Plays an episode in each environment, and returns the returns, lengths and successes. They
+    hold where the episode is `counted`.
 
-    Appends to `steps`, if given, what was seen and done at every step and what came of it; at last
-    what was seen, and what would have been done, in the end.
+    If `steps` is given, appends to it the observations, actions, rewards and terminations of every
+    step. One more entry has the last observations, and the actions that would follow.
     """
     observations, _ = envs.reset(seed=seed)  # environment i with the seed `seed + i`
     observations = _copied(observations)
@@ -247,7 +252,7 @@ def _play_round(actor, envs, seed, counted, max_steps, steps=None):
             steps.append((observations, actions, np.array(rewards), np.array(terminated)))
         returns += np.where(running, rewards, 0)
         lengths += running
-        # Where an environment is reset at once, what its last step said lies beside the rest.
+        # Of an environment that is reset at once, the infos of its last step are kept apart.
         infos = infos.get("final_info", infos)
         for i in np.flatnonzero(running & done).tolist():
             successes[i] = success_of(infos, i)
@@ -259,8 +264,8 @@ def _play_round(actor, envs, seed, counted, max_steps, steps=None):
             return returns, lengths, successes
         if done.any() and getattr(mode, "name", None) == "DISABLED":
             envs.reset(options={"reset_mask": done})
-        # Where an episode has ended, the action is the one that would have been next. Whatever is
-        # then played there is not counted.
+        # Where an episode has ended, the next action is one that would have followed. What is
+        # played there from now on is not counted.
         observations = led_to
     raise RuntimeError(
         f"{running.sum()} of {counted.sum()} episodes did not end within `max_steps={max_steps}`. "
@@ -275,7 +280,7 @@ def _copied(observations):
 
 
 def _where_it_led(observations, done, infos):
-    """What was seen after a step, not after a reset at once."""
+    """The observations after a step, also where the environment was reset at once."""
     observations = _copied(observations)
     if "final_obs" in infos:
         for i in np.flatnonzero(done).tolist():
@@ -288,8 +293,8 @@ def _where_it_led(observations, done, infos):
 def _require_final_observations(mode, done, infos):
     if getattr(mode, "name", None) == "SAME_STEP" and done.any() and "final_obs" not in infos:
         raise ValueError(
-            "`envs` must say in `final_obs` what was seen last, as they reset themselves at once, "
-            f"but they returned only {sorted(infos)}. Write "
+            "`envs` must say in `final_obs` what was seen last, since they reset themselves at "
+            f"once, but they returned only {sorted(infos)}. Write "
             "`envs=gymnasium.vector.SyncVectorEnv([make_env] * 10)`."
         )
 
@@ -310,7 +315,7 @@ def _episode(observations, actions, rewards, terminated, i, length):
 
 
 class _Replaying(eqx.Module):
-    """Draws actions with noise that depends on the seed of the episode and the step in it alone."""
+    """Draws actions with noise that depends only on the seed of the episode and the step in it."""
 
     policy: Any
 

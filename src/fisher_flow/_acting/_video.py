@@ -23,25 +23,25 @@ def record_video(
     every: int = 1,
     max_steps: int = 10_000,
 ) -> Episodes:
-    """Plays one episode and writes what it looks like to a moving picture.
+    """Plays one episode and writes a video of it.
 
-    With the seed of an episode of [`fisher_flow.rollout`][] it is that episode, so that one can
+    With the seed of an episode of [`fisher_flow.rollout`][] it plays that episode again. So you can
     look at the worst of many: `record_video(policy, env, "worst.gif",
-    seed=episodes.seeds[np.argmin(episodes.returns)])`. An MP4 is the smallest, and its frames are
-    written as they come.
+    seed=episodes.seeds[np.argmin(episodes.returns)])`. An MP4 is the smallest file, and its frames
+    are written one by one.
 
     **Arguments:**
 
     - `policy`: any policy, as for [`fisher_flow.Actor`][].
     - `env`: one environment, made with `render_mode="rgb_array"`.
-    - `path`: the file to write: `.mp4`, `.gif`, `.webp` or `.png`. The first needs PyAV, the
-        others Pillow: `pip install av pillow`.
+    - `path`: the file to write: `.mp4`, `.gif`, `.webp` or `.png`. An `.mp4` needs PyAV, and the
+        others need Pillow: `pip install av pillow`.
 
     **Other arguments:**
 
     - `seed`: the seed of the episode.
-    - `every`: the number of steps from frame to frame. But for an MP4, all frames are held in
-        memory: raise it for long episodes.
+    - `every`: the number of steps from frame to frame. All frames are held in memory, except for
+        an MP4: raise this number for long episodes.
     - `max_steps`: the number of steps after which the recording stops.
 
     **Returns:**
@@ -50,8 +50,8 @@ def record_video(
 
     **Raises:**
 
-    - `ValueError` if the environment renders no frames, or no such file can be written.
-    - `ImportError` if what writes such a file is not installed.
+    - `ValueError` if the environment renders no frames, or `path` has another ending.
+    - `ImportError` if the library that writes such a file is not installed.
     """
     check_positive_integer("every", every, 1)
     check_positive_integer("max_steps", max_steps, 10_000)
@@ -113,7 +113,7 @@ def _write_mp4(path: Path, frames: Iterator[np.ndarray], rate: Fraction) -> None
         stream: Any = None
         for frame in frames:
             height, width = frame.shape[:2]
-            # Players want colours at half the resolution, so that both sides have to be even.
+            # Players want colours at half the resolution, so both sides have to be even.
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
             if stream is None:
                 stream = file.add_stream("h264", rate=rate)

@@ -1,9 +1,7 @@
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, ScalarLike, UInt8
 
 from .._checks import check_at_least, check_positive_integer
@@ -12,11 +10,11 @@ from ._transitions import Transitions
 
 
 class RandomCrop(eqx.Module):
-    """Shifts images at random, for the `augment` of [`fisher_flow.train`][]: each is padded at its
-    edges by their pixels, and cropped to its size at a place of its own.
+    """Shifts images at random, for the `augment` of [`fisher_flow.train`][]: each image is padded
+    by the pixels at its edges, and cropped to its size at a random place.
 
-    The two observations of a transition are cropped alike, as are the frames of a stack. What is
-    not an image, a leaf of dtype `uint8` with three or four axes, is left as it is.
+    The two observations of a transition are cropped alike, and so are the frames of a stack. An
+    image is a leaf of dtype `uint8` with three or four axes. Other leaves are left as they are.
 
     !!! example
 
@@ -34,8 +32,9 @@ class RandomCrop(eqx.Module):
 
     ??? cite "Reference"
 
-        The augmentation is that of DrQ. Three pixels and a probability of one half are those of
-        OGBench, which draws once for a whole batch where each transition is drawn for here.
+        DrQ introduced this augmentation. Three pixels and a probability of one half are the
+        settings of OGBench. OGBench draws once for a whole batch, and this class draws once for
+        each transition.
 
         ```bibtex
         @inproceedings{yarats2021image,
@@ -54,24 +53,12 @@ class RandomCrop(eqx.Module):
         ```
     """
 
-    padding: int = eqx.field(static=True)
-    probability: ScalarLike
+    padding: int = eqx.field(static=True, default=3)
+    probability: ScalarLike = 0.5
 
-    def __init__(self, padding: int = 3, probability: ScalarLike = 0.5):
-        """**Arguments:**
-
-        - `padding`: the number of pixels by which an image is shifted at most, either way.
-        - `probability`: how likely a transition is cropped at all.
-        """
-        check_positive_integer("padding", padding, 3)
-        check_at_least("probability", probability, 0, 0.5)
-        if not isinstance(probability, jax.core.Tracer) and np.asarray(probability) > 1:
-            raise ValueError(
-                f"`probability` must be at most 1, but got {probability}. Write "
-                "`probability=1.0` to crop every transition."
-            )
-        self.padding = padding
-        self.probability = probability
+    def __check_init__(self):
+        check_positive_integer("padding", self.padding, 3)
+        check_at_least("probability", self.probability, 0, 0.5, maximum=1)
 
     def __call__(self, batch: Transitions, *, key: PRNGKeyArray) -> Transitions:
         """The batch, with its images cropped.
@@ -109,6 +96,13 @@ class RandomCrop(eqx.Module):
             batch,
             (structure.unflatten(o), structure.unflatten(next_o)),
         )
+
+
+RandomCrop.__init__.__doc__ = """**Arguments:**
+
+- `padding`: the number of pixels by which an image is shifted at most, either way.
+- `probability`: the probability with which a transition is cropped.
+"""
 
 
 def _shifted(image: UInt8[Array, "..."], shift: Int[Array, "2"]) -> UInt8[Array, "..."]:

@@ -40,12 +40,12 @@ def save_transitions(
 ) -> None:
     """Writes transitions to a folder, from which [`fisher_flow.open_transitions`][] reads them.
 
-    Parts are written as they come, so that together they may be larger than memory. As in
-    `concatenate`, the last row of each is the last of its trajectory.
+    Parts are written one by one, so all of them together may be larger than memory. The last row of
+    a part is the last row of a trajectory, as in `concatenate`.
 
     The folder holds one `.npy` file for each array, which any NumPy program reads, and
-    `transitions.json`. That is written last: what a writer left that was killed does not open, and
-    the same call starts again.
+    `transitions.json`, which is written last. If the program is killed on the way, the folder does
+    not open, and the same call starts again.
 
     !!! example
 
@@ -67,15 +67,15 @@ def save_transitions(
 
     **Arguments:**
 
-    - `folder`: where to write; made if it is not there.
-    - `parts`: the transitions, or an iterable of parts of them, which are alike but for their
-        lengths. Observations are arrays, or dictionaries, lists and tuples of arrays. A named tuple
-        is opened as a tuple, since its class is not in the folder.
+    - `folder`: where to write. It is made if it is not there.
+    - `parts`: the transitions, or an iterable of parts of them. Parts may differ in length only.
+        Observations are arrays, or dictionaries, lists and tuples of arrays. A named tuple is
+        opened as a tuple, since its class is not in the folder.
 
     **Raises:**
 
-    - `ValueError` if the folder holds something else already, another call is writing to it, or
-        the parts are not alike.
+    - `ValueError` if the folder holds other files, another call is writing to it, or the parts
+        differ in more than their lengths.
     """
     folder = Path(folder).expanduser()
     with contextlib.closing(_claim(folder)):
@@ -85,10 +85,10 @@ def save_transitions(
 def open_transitions(folder: str | os.PathLike[str]) -> Transitions:
     """The transitions of a folder that [`fisher_flow.save_transitions`][] wrote, left on disk.
 
-    The columns are memory maps that cannot be written to. Nothing is read until rows are asked for:
-    `transitions[:1000]` costs nothing, and [`fisher_flow.train`][] reads batch by batch. Whatever
-    makes a new column of all rows (`n_step`, `chunks`, `Normaliser.transitions`,
-    `dataclasses.replace`) reads the whole: do that part by part, before saving.
+    The columns are memory maps that cannot be written to. Nothing is read before it is needed:
+    `transitions[:1000]` costs nothing, and [`fisher_flow.train`][] reads batch by batch. A function
+    that makes a new column of all rows (`n_step`, `chunks`, `Normaliser.transitions`,
+    `dataclasses.replace`) reads the whole column: call it part by part, before saving.
 
     **Arguments:**
 
@@ -100,8 +100,8 @@ def open_transitions(folder: str | os.PathLike[str]) -> Transitions:
 
     **Raises:**
 
-    - `FileNotFoundError` if there is no such folder.
-    - `ValueError` if it was not written by `save_transitions`, or not to the end.
+    - `FileNotFoundError` if the folder does not exist.
+    - `ValueError` if `save_transitions` did not write it, or did not write all of it.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -131,13 +131,13 @@ def open_transitions(folder: str | os.PathLike[str]) -> Transitions:
 
 
 def is_mapped(leaf: Any) -> bool:
-    """Whether an array lies on disk. One that was copied from a `np.memmap`, as by `astype`, is of
-    that class too."""
+    """Whether an array lies on disk. A copy of a `np.memmap`, as `astype` makes one, has that class
+    too and does not."""
     return isinstance(leaf, np.memmap) and getattr(leaf, "_mmap", None) is not None
 
 
 def stored_record(transitions: Transitions) -> dict[str, Any] | None:
-    """What is on record of transitions that are the whole of a folder, else `None`."""
+    """The record of a folder, if the transitions are all of its rows, else `None`."""
     leaves = jax.tree.leaves(_columns(transitions))
     # A part of a memory map is based on the whole of it, which is based on the map.
     if not all(isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap) for x in leaves):
@@ -151,7 +151,7 @@ def stored_record(transitions: Transitions) -> dict[str, Any] | None:
 
 
 def checksum(tree: Any) -> str:
-    """Of every bit of the arrays; from the record, if they are transitions that lie on disk."""
+    """A checksum of every bit of the arrays. That of transitions on disk is in their record."""
     record = stored_record(tree) if isinstance(tree, Transitions) else None
     if record is not None:
         return record["checksum"]
@@ -209,8 +209,8 @@ def _write(folder: Path, parts: Transitions | Iterable[Transitions]) -> None:
 
 
 def _claim(folder: Path) -> BinaryIO:
-    """Makes the folder, or clears what a writer has left in it that was killed; returns the marker
-    that a writer is at work, locked until it is closed."""
+    """Makes the folder, or clears what a killed writer has left in it. Returns the file that marks
+    it as unfinished, locked until that file is closed."""
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / _UNFINISHED
     if not marker.exists():
@@ -242,9 +242,10 @@ def _refuse_files(folder: Path, files: list[Path]) -> None:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether a file could be locked, or cannot be. A lock ends with its process, if killed too."""
+    """Locks a file; false if another process has locked it. A lock ends with its process. Where
+    there are no locks, nothing is locked."""
     if fcntl is None:
-        file.close()  # else it could not be renamed; nor can the columns of another be removed
+        file.close()  # else it could not be renamed. Windows keeps the files of another writer.
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,7 +274,7 @@ def _open(folder: Path, layout: Any, rows: Any) -> Transitions:
             f"`fisher_flow.save_transitions({str(folder) + '_2'!r}, transitions)`."
         )
     columns = jax.tree.map(lambda name: _map(folder / name, rows), _names(layout))
-    # The checks of `Transitions` would read everything, so they are of one row that is like these.
+    # The checks of `Transitions` would read everything, so they see one row of these dtypes.
     example = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), columns)
     structure = jax.tree.structure(Transitions(**example))
     return jax.tree.unflatten(structure, jax.tree.leaves([columns[name] for name in known]))
@@ -300,7 +301,7 @@ def _columns(transitions: Transitions) -> dict[str, Any]:
 
 
 def _layout(name: str, tree: PyTree[Any]) -> Any:
-    """A PyTree in words that JSON has, with the name of a file for every array."""
+    """A PyTree as JSON, with the name of a file for every array."""
     if tree is None:
         return None
     if type(tree) is dict and all(isinstance(key, str) for key in tree):
@@ -332,7 +333,8 @@ def _names(layout: Any) -> PyTree[Any]:
 
 
 def _plain(dtype: np.dtype) -> bool:
-    """Whether a file tells of the dtype; it does not of `bfloat16`, and of objects by pickle."""
+    """Whether a `.npy` file can hold the dtype. It cannot hold `bfloat16`, and it holds objects by
+    pickle only."""
     known = np.lib.format.descr_to_dtype(np.lib.format.dtype_to_descr(dtype)) == dtype
     return known and dtype.kind in "biufc"
 

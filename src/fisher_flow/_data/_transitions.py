@@ -141,30 +141,7 @@ class Transitions(eqx.Module):
             )
         for name, column in columns.items():
             check_finite(name, column)
-        for name, column, example in (
-            ("masks", masks, "1 - terminated"),
-            ("action_masks", action_masks, "(steps < length[:, None]).astype(np.float32)"),
-        ):
-            if column is None:
-                continue
-            least, most = float(column.min()), float(column.max())
-            if least < 0 or most > 1:
-                meaning = "1 for `terminated` where an episode is over"
-                if name == "action_masks":
-                    meaning = "`steps = np.arange(horizon)`"
-                raise ValueError(
-                    f"`{name}` must be between 0 and 1, but they range from {least:.4g} to "
-                    f"{most:.4g}. Write `{name}={example}`, with {meaning}."
-                )
-        if action_masks is not None:
-            shape, size = action_masks.shape, action_masks.ndim
-            if size < 2 or actions.shape[:size] != shape:
-                raise ValueError(
-                    "`action_masks` must have one entry for each action of a chunk, of shape "
-                    f"(rows, horizon), but got shape {shape} for actions of shape {actions.shape}. "
-                    "Write `transitions.chunks(horizon, discount)`, which makes both, or "
-                    "`action_masks=None` if all of them were taken."
-                )
+        _check_masks(masks, action_masks, actions)
         self.observations = observations
         self.actions = actions
         self.rewards = rewards
@@ -499,6 +476,35 @@ class Transitions(eqx.Module):
         # A slice of a trajectory is cut off where it ends, and must not run on into the next part.
         parts = [part[:] for part in (self, *others)]
         return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
+
+
+def _check_masks(masks: Data, action_masks: Data | None, actions: Data) -> None:
+    for name, column, example, meaning in (
+        ("masks", masks, "1 - terminated", "1 for `terminated` where an episode is over"),
+        (
+            "action_masks",
+            action_masks,
+            "(steps < length[:, None]).astype(np.float32)",
+            "`steps = np.arange(horizon)`",
+        ),
+    ):
+        if column is None:
+            continue
+        least, most = float(column.min()), float(column.max())
+        if least < 0 or most > 1:
+            raise ValueError(
+                f"`{name}` must be between 0 and 1, but they range from {least:.4g} to "
+                f"{most:.4g}. Write `{name}={example}`, with {meaning}."
+            )
+    if action_masks is not None:
+        shape, size = action_masks.shape, action_masks.ndim
+        if size < 2 or actions.shape[:size] != shape:
+            raise ValueError(
+                "`action_masks` must have one entry for each action of a chunk, of shape "
+                f"(rows, horizon), but got shape {shape} for actions of shape {actions.shape}. "
+                "Write `transitions.chunks(horizon, discount)`, which makes both, or "
+                "`action_masks=None` if all of them were taken."
+            )
 
 
 def _floating(name: str, column: Any) -> Data:

@@ -18,9 +18,9 @@ def interquartile_mean(
 ) -> np.ndarray | np.floating:
     r"""The mean of the middle half of the scores.
 
-    Between the mean, which a single run can move as far as it likes, and the median, which ignores
-    how well all but one or two runs do. Where a quarter of $n$ scores is not a whole number, the
-    two scores at the edges count in part, so that the weights always add up to $n / 2$.
+    It lies between two other statistics. A single run can move the mean as far as it likes, and the
+    median ignores all runs but one or two. If a quarter of $n$ scores is not a whole number, the
+    two scores at the edges count in part: the weights always add up to $n / 2$.
 
     !!! example
 
@@ -44,8 +44,9 @@ def interquartile_mean(
 
     ??? cite "Reference"
 
-        Recommended for the comparison of algorithms over tasks, as are the stratified bootstrap of
-        [`fisher_flow.bootstrap_interval`][] and the [`fisher_flow.performance_profile`][], by:
+        This paper recommends it for the comparison of algorithms over tasks, together with the
+        stratified bootstrap of [`fisher_flow.bootstrap_interval`][] and the
+        [`fisher_flow.performance_profile`][].
 
         ```bibtex
         @inproceedings{agarwal2021deep,
@@ -80,20 +81,24 @@ def bootstrap_interval(
     Seeds are drawn with replacement within each task, and tasks are never mixed: the interval says
     what other seeds would have given on these tasks, not what other tasks would have.
 
-    Experiments have few seeds, for which the plain bootstrap is too short: at five seeds of one
-    task, 83% of intervals for a normal mean hold it rather than 95%. Two corrections, both
-    vanishing for many seeds, make that 91%. Of $n$ seeds $n - 1$ are drawn, so that the variance
-    of a mean is $s^2 / n$ with the unbiased $s^2$ (McCarthy & Snowden 1985), and the percentiles go
-    as far out as Student's $t$ goes beyond the normal distribution (Hesterberg 2015), with the
-    degrees of freedom of all tasks together. No resample leaves the range of the scores, though:
-    at three seeds of one task the interval ends at the lowest and the highest, and holds the truth
-    in 75% of cases; at two, in half of them.
+    Experiments have few seeds, and the plain bootstrap is then too short. With five seeds of one
+    task, only 83% of its intervals hold the mean of a normal distribution, not 95%. Two corrections
+    make that 91%. Both vanish for many seeds:
+
+    - Only $n - 1$ of $n$ seeds are drawn. The variance of a mean is then $s^2 / n$ with the
+        unbiased $s^2$ (McCarthy & Snowden 1985).
+    - The percentiles are further out, by as much as Student's $t$ is wider than the normal
+        distribution (Hesterberg 2015). Its degrees of freedom are those of all tasks together.
+
+    No resample leaves the range of the scores. With three seeds of one task the interval ends at
+    the lowest and the highest score, and holds the truth in 75% of cases. With two seeds it does so
+    in half of the cases.
 
     **Arguments:**
 
     - `scores`: an array of shape `(tasks, seeds)`; of a single task, `scores[None]`.
-    - `statistic`: called as `statistic(scores, axis)`, where `axis` is that of tasks and seeds
-        behind a leading axis of resamples, which it keeps. `np.mean`, `np.median` and
+    - `statistic`: called as `statistic(scores, axis)`. `axis` holds the axes of tasks and seeds;
+        before them is an axis of resamples, which is kept. `np.mean`, `np.median` and
         [`fisher_flow.interquartile_mean`][] are such functions, and so is
         `lambda scores, axis: np.mean(scores > 50, axis)`.
 
@@ -145,8 +150,8 @@ def bootstrap_interval(
     tasks, n = scores.shape
     if n == 1:
         raise ValueError(
-            "`scores` must hold at least two seeds of each task, since one says nothing of how far "
-            f"another may be off, but got shape {scores.shape}. Run more seeds: `seeds=range(5)`."
+            "`scores` must hold at least two seeds of each task, since one seed does not show how "
+            f"much seeds differ, but got shape {scores.shape}. Run more seeds: `seeds=range(5)`."
         )
     drawn = np.random.default_rng(seed).integers(n, size=(num_resamples, tasks, n - 1))
     resamples = scores[np.arange(tasks)[:, None], drawn]
@@ -177,17 +182,19 @@ class PairedDifference:
     """How two methods compare, run by run; made by [`fisher_flow.paired_difference`][]."""
 
     difference: float
-    """The mean of the first less that of the second."""
+    """The mean of the first method minus the mean of the second."""
 
     interval: Float[np.ndarray, "2"]
-    """Its confidence interval. If that excludes zero, so does chance."""
+    """The confidence interval of the difference. If it does not hold zero, chance alone is an
+    unlikely reason for the difference."""
 
     share_won: float
-    """The share of pairs in which the first scored higher, a tie counting one half: the probability
-    of improvement."""
+    """The share of pairs in which the first method scored higher: the probability of improvement. A
+    tie counts one half."""
 
     share_won_interval: Float[np.ndarray, "2"]
-    """Its confidence interval. One that has no width, since every pair was won, claims too much."""
+    """The confidence interval of that share. If every pair was won, the interval has no width, and
+    claims too much."""
 
     num_pairs: int
     """The number of pairs."""
@@ -210,9 +217,9 @@ def paired_difference(
 ) -> PairedDifference:
     """Compares two methods that ran on the same tasks with the same seeds.
 
-    What a pair shares, such as its data, its pretrained flow and its start states, cancels in the
-    difference, so that the interval may be far narrower than those of both methods suggest. Two
-    intervals that overlap do not show that two methods are alike: this does.
+    A pair shares its data, its pretrained flow and its start states. What it shares cancels in the
+    difference, so the interval of the difference may be far narrower than the intervals of the
+    methods. Two methods may differ clearly although their intervals overlap.
 
     !!! example
 
@@ -273,9 +280,10 @@ def performance_profile(
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""The share of runs that score above each of several thresholds.
 
-    One curve holds the whole distribution of scores over tasks and seeds: its height at 50 is the
-    share of runs above 50, where it falls to one half is the median, and the area under it the
-    mean. A method whose curve lies above another's everywhere is better by any measure.
+    One curve holds the whole distribution of scores over tasks and seeds. Its height at 50 is the
+    share of runs above 50. It falls to one half at the median, and the area under it is the mean.
+    If the curve of a method lies above another curve everywhere, the method is better by any
+    measure.
 
     **Arguments:**
 
@@ -289,8 +297,8 @@ def performance_profile(
     **Returns:**
 
     - The share at each threshold.
-    - Its interval, of shape `(2, thresholds)`: the lower and the upper ends. It holds at each
-        threshold, not at all of them at once.
+    - The interval of the share, of shape `(2, thresholds)`: the lower and the upper ends. It holds
+        at each threshold, not at all thresholds at once.
 
     **Raises:**
 

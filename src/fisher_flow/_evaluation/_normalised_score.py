@@ -5,7 +5,7 @@ import numpy as np
 from .._checks import is_ogbench
 
 
-# The returns of a random and of an expert policy, as D4RL (Fu et al. 2020) has them.
+# The returns of a random and of an expert policy, from D4RL (Fu et al. 2020).
 _references = {
     "halfcheetah": (-280.178953, 12135.0),
     "hopper": (-20.272305, 3234.3),
@@ -22,9 +22,9 @@ _references = {
 def normalised_score(task: str | tuple[float, float], returns: Any) -> np.ndarray:
     r"""Puts returns on a scale that tasks share: 0 is a random policy and 100 an expert.
 
-    That is $100\,(R - \text{low}) / (\text{high} - \text{low})$. The returns of both policies are
-    those of D4RL, and are meant for its environments: Gymnasium's newer versions, and Minari's,
-    pay differently.
+    The score is $100\,(R - \text{low}) / (\text{high} - \text{low})$. D4RL measured the returns of
+    both policies in its own environments. The newer versions of Gymnasium and of Minari pay
+    differently.
 
     !!! example
 
@@ -38,14 +38,14 @@ def normalised_score(task: str | tuple[float, float], returns: Any) -> np.ndarra
 
     **Arguments:**
 
-    - `task`: the name of a task of D4RL, such as `"halfcheetah-medium-v2"`; of it, what stands
+    - `task`: the name of a task of D4RL, such as `"halfcheetah-medium-v2"`, of which the part
         before the first hyphen counts. Or the pair `(low, high)` of returns that score 0 and 100.
     - `returns`: returns, an array of any shape.
 
     **Returns:**
 
-    The scores, in the shape of `returns`. Those of several episodes may be averaged before or
-    after, since the scale is linear.
+    The scores, in the shape of `returns`. The scale is linear: episodes may be averaged before or
+    after.
 
     **Raises:**
 
@@ -53,7 +53,7 @@ def normalised_score(task: str | tuple[float, float], returns: Any) -> np.ndarra
 
     ??? cite "Reference"
 
-        The scale and its ends are those of D4RL:
+        The scale and its ends come from D4RL:
 
         ```bibtex
         @article{fu2020d4rl,

@@ -24,21 +24,21 @@ _columns = ("task", "method", "seed", "updates", "score")
 
 
 class Results:
-    """The scores of every evaluation of every run, and what may be said of them.
+    """The scores of every evaluation of every run, with tables, comparisons and figures of them.
 
-    The raw results are a CSV file that any other program can read, a row for each evaluation:
+    The raw results are a CSV file that any other program can read, with a row for each evaluation:
 
     | column | meaning |
     | --- | --- |
     | `task`, `method` | names |
-    | `seed` | that of the training: an integer |
+    | `seed` | the seed of the training: an integer |
     | `updates` | the number of updates made when the evaluation was done: an integer |
     | `score` | the mean over the episodes of the evaluation; more is better |
     | any others | kept as they are |
 
-    A run is counted by its last evaluation, or by the mean of the last few (`last=3`), never by its
-    best: the maximum over checkpoints rewards noise, and nobody has a simulator to pick one with
-    who learns from logged data.
+    A run counts with its last evaluation, or with the mean of the last few (`last=3`), never with
+    its best. The maximum over checkpoints rewards noise, and who learns from logged data has no
+    simulator to choose a checkpoint with.
 
     !!! example
 
@@ -66,13 +66,13 @@ class Results:
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
         """**Arguments:**
 
-        - `rows`: the evaluations, in any order: dictionaries with the keys above. Those of several
-            experiments may be chained, `Results([*first.rows, *second.rows])`.
+        - `rows`: the evaluations, in any order: dictionaries with the keys above. Write
+            `Results([*first.rows, *second.rows])` to join two experiments.
 
         **Raises:**
 
-        - `ValueError` if there are no rows, a key is missing, a number is not one, a score is not
-            finite, or one evaluation is there twice.
+        - `ValueError` if there are no rows, a key is missing, an entry is not a number, a score is
+            not finite, or one evaluation is there twice.
         """
         self.rows = tuple(_as_row(row, i) for i, row in enumerate(rows))
         if len(self.rows) == 0:
@@ -80,7 +80,7 @@ class Results:
                 "`rows` must hold at least one evaluation, but is empty. Write "
                 '`Results.read("results.csv")`, with the path of a file that has rows.'
             )
-        # A run: a task, a method and a seed. Its evaluations, by their number of updates.
+        # For each run (a task, a method and a seed) its evaluations, by the number of updates.
         self._runs: dict[tuple[str, str, int], dict[int, float]] = {}
         for row in self.rows:
             run = self._runs.setdefault((row["task"], row["method"], row["seed"]), {})
@@ -98,14 +98,14 @@ class Results:
 
         **Arguments:**
 
-        - `paths`: the files. A file for each process that trains is safer than one for all.
-        - `columns`: values of columns that the files lack. The evaluations logged by
-            [`fisher_flow.train`][] lack two: `Results.read("logs/evaluations.csv", task="hopper",
-            method="FQL")`, given that its `evaluate` returns a `"score"`.
+        - `paths`: the files. If several processes train, let each write a file of its own.
+        - `columns`: values of columns that the files lack. The evaluations that
+            [`fisher_flow.train`][] logs lack two: `Results.read("logs/evaluations.csv",
+            task="hopper", method="FQL")`. Its `evaluate` must return a `"score"`.
 
         **Raises:**
 
-        - `ValueError` as above.
+        - `ValueError` as for `Results`.
         """
         rows = []
         for path in paths:

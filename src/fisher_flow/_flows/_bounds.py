@@ -13,13 +13,13 @@ from .._trees import as_inexact
 
 
 class TanhBounds(eqx.Module):
-    r"""A box in which unbounded variables stand for the actions,
+    r"""A box of actions, each of which is a function of an unbounded variable $u$,
 
     $$a = \tfrac12 (\text{low} + \text{high}) + \tfrac12 (\text{high} - \text{low}) \tanh u .$$
 
-    Clipping leaves atoms at the bounds, which no density describes. Here the flow is one of $u$,
-    which is unbounded, and every action lies inside the box: densities, scores and KLs are right up
-    to the bounds. A KL is the same for $u$ as for $a$.
+    Clipping leaves atoms at the bounds, which no density describes. Here the flow makes $u$, and
+    every action lies inside the box. So densities, scores and KLs hold up to the bounds. A KL is
+    the same for $u$ as for $a$.
 
     !!! example
 
@@ -55,8 +55,8 @@ class TanhBounds(eqx.Module):
         r"""**Arguments:**
 
         - `low`, `high`: numbers or arrays of the shape of an action.
-        - `margin`: actions at the bounds themselves have no finite $u$. `unproject` first moves
-            them inside, by this share of half the box.
+        - `margin`: an action at a bound has no finite $u$. `unproject` first moves it inside, by
+            this share of half the box.
 
         **Raises:**
 
@@ -93,12 +93,12 @@ class TanhBounds(eqx.Module):
         return 0.5 * (low + high), 0.5 * (high - low)
 
     def project(self, u: Action) -> Action:
-        """The action that stands for `u`, strictly inside the box but for rounding."""
+        """The action of a variable `u`. It lies inside the box, up to rounding."""
         centre, half = self._centre_and_half(u.dtype)
         return centre + half * jnp.tanh(u)
 
     def unproject(self, action: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """The `u` that stands for an action, or for a batch of them."""
+        """The variable `u` of an action, or of each action of a batch."""
         action = as_inexact(action)
         centre, half = (
             jnp.broadcast_to(x, action.shape) for x in self._centre_and_half(action.dtype)
@@ -107,7 +107,7 @@ class TanhBounds(eqx.Module):
         return jnp.arctanh(jnp.clip((action - centre) / half, -limit, limit))
 
     def log_det(self, u: Action) -> Scalar:
-        r"""$\log \det \nabla_u a$, by which the log-density of $u$ exceeds that of the action."""
+        r"""$\log \det \nabla_u a$: the log-density of $u$ minus the log-density of the action."""
         _, half = self._centre_and_half(u.dtype)
         # log(1 - tanh²) without the cancellation
         slope = 2 * (jnp.log(jnp.asarray(2, u.dtype)) - u - jax.nn.softplus(-2 * u))
@@ -120,7 +120,7 @@ def clip(bounds: tuple[Any, Any], action: Action) -> Action:
 
 
 def checked_bounds(bounds: Any, action_shape: tuple[int, ...]) -> Any:
-    """Bounds as nested tuples: constants that no optimiser will take for parameters.
+    """Bounds as nested tuples: constants, which an optimiser does not take for parameters.
 
     Where `low` equals `high`, clipping makes that entry of every action the constant they share.
     """

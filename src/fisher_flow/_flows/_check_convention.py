@@ -104,8 +104,8 @@ def _name(kind: str, reverse: bool, path: AbstractAffineGaussianPath) -> str:
 
 @eqx.filter_jit
 def _losses(network, own_path, observations, actions, key) -> dict[str, Float[Array, " batch"]]:
-    """Of every declaration, the squared error at each action, over four sizes of noise and
-    relative to the variance."""
+    """The squared error of every declaration at each action, over four sizes of noise and relative
+    to the variance."""
     others = [LinearPath(), CosinePath(), VariancePreservingPath()]
     paths = [own_path, *(path for path in others if type(path) is not type(own_path))]
     deviation = jnp.sqrt(jnp.mean(jnp.var(actions, axis=0)))
@@ -115,7 +115,7 @@ def _losses(network, own_path, observations, actions, key) -> dict[str, Float[Ar
         t = path.time_at_noise_ratio(ratio)
         α, σ, α_dot, σ_dot = path.schedule(t)
         x = α * a + σ * z
-        # The network is evaluated once, whatever its output stands for.
+        # The network is evaluated once for all kinds of output.
         output = network(1 - t if reverse else t, x, o)
         velocities = {"velocity": -output if reverse else output}
         for kind in _kinds:

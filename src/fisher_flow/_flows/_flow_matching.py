@@ -92,7 +92,7 @@ def fit_flow(
 ) -> FlowPolicy:
     """Fits a flow policy to logged observations and actions: behaviour cloning by flow matching.
 
-    All the data are kept on the device, and the updates run there in chunks.
+    All data are kept on the device, and the updates run there, many in one program.
 
     **Arguments:**
 
@@ -109,7 +109,7 @@ def fit_flow(
 
     - `num_updates`: the number of gradient steps.
     - `batch_size`: the number of rows in each, drawn with replacement.
-    - `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.
+    - `learning_rate`: the initial rate of Adam. It falls to zero along a cosine.
     - `progress`: whether to show a progress bar with the loss.
     - `key`: a `jax.random.key`; the same key gives the same policy.
 
@@ -127,7 +127,7 @@ def fit_flow(
     check_positive_integer("num_updates", num_updates, 20_000)
     check_positive_integer("batch_size", batch_size, 256)
     check_at_least("learning_rate", learning_rate, 0, 1e-3)
-    # An array, so that another rate is no reason to compile again.
+    # An array, so that another rate does not compile again.
     learning_rate = jnp.asarray(learning_rate)
     observations, actions = jax.tree.map(jnp.asarray, (observations, actions))
     check_batch_of_actions(actions, policy.action_shape)

@@ -15,9 +15,9 @@ from .._custom_types import Action, Observation
 class BatchedVelocity(eqx.Module):
     """The velocity of a network that takes batches only, for one sample.
 
-    The network sees a batch of one; under `jax.vmap` the batches of one become one batch again, so
-    that nothing is lost. Layers that mix the samples of a batch, such as batch normalisation, must
-    be in inference mode.
+    The network sees a batch of one sample. Under `jax.vmap` these batches become one batch again,
+    so it is as fast as before. Layers that mix the samples of a batch, such as batch normalisation,
+    must be in inference mode.
 
     !!! example
 
@@ -35,14 +35,6 @@ class BatchedVelocity(eqx.Module):
 
     network: Callable[[Any, Any, Any], Any]
 
-    def __init__(self, network: Callable[[Any, Any, Any], Any]):
-        """**Arguments:**
-
-        - `network`: called as `network(t, x, observation)`, with a leading axis of length 1 on
-            every array: `t` has shape `(1,)`.
-        """
-        self.network = network
-
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
         """The velocity of one sample, like `x`."""
         t, x, observation = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (t, x, observation))
@@ -54,6 +46,13 @@ class BatchedVelocity(eqx.Module):
                 "`FlowPolicy(network, action_shape)`, without `BatchedVelocity`."
             )
         return v[0]
+
+
+BatchedVelocity.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(t, x, observation)`, with a leading axis of length 1 on every array:
+    `t` has shape `(1,)`.
+"""
 
 
 def check_inference(name: str, network: Any) -> None:

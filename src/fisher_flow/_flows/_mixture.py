@@ -12,13 +12,13 @@ class GaussianMixtureVelocity(eqx.Module):
 
     $$p_1 = \sum_k w_k\, \mathcal N(\mu_k, \Sigma_k).$$
 
-    It needs no training and ignores the observation: a policy whose density, score and Fisher
-    matrix are all known, against which everything else can be checked.
+    It needs no training and ignores the observation. The density, the score and the Fisher matrix
+    of its policy are known, so everything else can be checked against them.
 
     Along a path, component $k$ has mean $\alpha \mu_k$ and covariance
     $C_k = \alpha^2 \Sigma_k + \sigma^2 I$ at time $t$, and moves with velocity
     $\dot\alpha \mu_k + \tfrac12 \dot C_k C_k^{-1} (x - \alpha \mu_k)$; the marginal velocity is the
-    mean over the components, each weighed by its probability at $x$.
+    mean over the components, weighted by their probabilities at $x$.
     """
 
     log_weights: Float[Array, " components"]
@@ -37,10 +37,10 @@ class GaussianMixtureVelocity(eqx.Module):
     ):
         """**Arguments:**
 
-        - `means`: one row a component.
-        - `covariances`: one symmetric positive definite matrix a component.
+        - `means`: one row for each component.
+        - `covariances`: one symmetric positive definite matrix for each component.
         - `weights`: positive numbers, rescaled to sum to one. Equal by default.
-        - `path`: the path from noise; give the policy the same one.
+        - `path`: the path from noise. Give the policy the same one.
 
         **Raises:**
 

@@ -17,9 +17,9 @@ class OneStepPolicy(AbstractPolicy):
     r"""A policy that maps noise to an action in one evaluation of a network,
     $a = \mu(o, z)$ with $z \sim \mathcal N(0, I)$.
 
-    It acts fastest. It has samples and no density, so refine first and distill last:
-    [`fisher_flow.distill`][] makes one of any flow policy, and [`fisher_flow.FlowQLearning`][]
-    trains one.
+    It is the fastest policy to act with. It has samples and no density, so refine first and distill
+    last: [`fisher_flow.distill`][] makes a one-step policy from any flow policy.
+    [`fisher_flow.FlowQLearning`][] trains one.
     """
 
     network: Callable[[Any, Any], Any]
@@ -43,9 +43,9 @@ class OneStepPolicy(AbstractPolicy):
 
         **Other arguments:**
 
-        - `bounds`: as of a [`fisher_flow.FlowPolicy`][].
-        - `dtype`: the dtype of the noise. By default that of the arrays in `network`, else that
-            of the observation, else JAX's default.
+        - `bounds`: as for [`fisher_flow.FlowPolicy`][].
+        - `dtype`: the dtype of the noise. By default the dtype of the arrays in `network`, else of
+            the observation, else the default of JAX.
 
         **Raises:**
 

@@ -112,7 +112,7 @@ class AbstractAffineGaussianPath(eqx.Module):
     def time_at_noise_ratio(self, ratio: ScalarLike) -> Scalar:
         r"""The time at which $\sigma / \alpha$ equals `ratio`; inverse of `noise_ratio`.
 
-        Found by bisection; override it where there is a closed form.
+        It is found by bisection. Override the method if there is a closed form.
         """
         ratio = lax.stop_gradient(jnp.asarray(ratio))
         ε = float(jnp.finfo(ratio.dtype).eps)
@@ -192,10 +192,10 @@ class VariancePreservingPath(AbstractAffineGaussianPath):
 
     $$\log \alpha(t) = -\tfrac14 s^2 (\beta_1 - \beta_0) - \tfrac12 s \beta_0, \qquad s = 1 - t.$$
 
-    Time is that of this library, with noise at 0; the diffusion time is $s$. At time 0 a trace of
-    the data is left, $\alpha = 0.007$ by default. At time 1 the velocity is infinite, though
-    integrable: use solvers with steps of a fixed size that do not evaluate it there, as Euler's,
-    and expect `log_prob` to be slow.
+    Time runs as everywhere in this library, with noise at 0; the diffusion time is $s$. At time 0 a
+    trace of the data is left, $\alpha = 0.007$ by default. At time 1 the velocity is infinite, and
+    its integral is finite: use a solver with steps of a fixed size that does not evaluate it there,
+    such as Euler's. `log_prob` is slow.
 
     ??? cite "Reference"
 
@@ -210,18 +210,12 @@ class VariancePreservingPath(AbstractAffineGaussianPath):
         ```
     """
 
-    beta_min: ScalarLike
-    beta_max: ScalarLike
+    beta_min: ScalarLike = 0.1
+    beta_max: ScalarLike = 20.0
 
-    def __init__(self, beta_min: ScalarLike = 0.1, beta_max: ScalarLike = 20.0):
-        r"""**Arguments:**
-
-        - `beta_min`, `beta_max`: the rates $\beta_0$ and $\beta_1$ at which noise is added.
-        """
-        check_at_least("beta_min", beta_min, 0, 0.1)
-        check_at_least("beta_max", beta_max, 0, 20.0)
-        self.beta_min = beta_min
-        self.beta_max = beta_max
+    def __check_init__(self):
+        check_at_least("beta_min", self.beta_min, 0, 0.1)
+        check_at_least("beta_max", self.beta_max, 0, 20.0)
 
     def _log_alpha(self, t: Scalar) -> Scalar:
         s = 1 - t
@@ -234,3 +228,9 @@ class VariancePreservingPath(AbstractAffineGaussianPath):
     def sigma(self, t: Scalar) -> Scalar:
         # The floor keeps the derivative finite at time 1.
         return jnp.sqrt(jnp.maximum(-jnp.expm1(2 * self._log_alpha(t)), 1e-12))
+
+
+VariancePreservingPath.__init__.__doc__ = r"""**Arguments:**
+
+- `beta_min`, `beta_max`: the rates $\beta_0$ and $\beta_1$ at which noise is added.
+"""

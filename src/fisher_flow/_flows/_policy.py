@@ -37,9 +37,9 @@ class AbstractPolicy(eqx.Module):
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
         """Draws an action *before* it is held to the bounds.
 
-        This is the variable whose density the geometry speaks of: a density cannot describe the
-        atoms that clipping leaves at the bounds. Clipping two policies alike never increases
-        their KL, so what is bounded here is bounded for the actions that are executed too.
+        Densities, scores and KLs are those of this variable: clipping leaves atoms at the bounds,
+        which no density describes. Clipping two policies alike never increases their KL. So a bound
+        on the KL of these actions is a bound for the executed actions too.
 
         **Arguments:**
 
@@ -79,7 +79,7 @@ class AbstractPolicy(eqx.Module):
 class AbstractFlowPolicy(AbstractPolicy):
     """Abstract base class for policies with a density, and so with a score.
 
-    Either a flow itself, or a flow followed by transport maps.
+    Such a policy is a flow, or a flow followed by transport maps, which move each action.
     """
 
     @property
@@ -125,8 +125,8 @@ class AbstractFlowPolicy(AbstractPolicy):
     ) -> tuple[Action, Scalar]:
         r"""Draws an action before its bounds, together with its log-density.
 
-        The density needs no inverse: the action is known to come from one of the flow, and
-        $\log \pi(T(b)) = \log \pi_0(b) - \log |\det \nabla T(b)|$ through all transport maps.
+        The density needs no inverse, since the action $b$ of the flow is known. With $T$ for all
+        transport maps together, $\log \pi(T(b)) = \log \pi_0(b) - \log |\det \nabla T(b)|$.
 
         **Arguments:**
 
@@ -136,12 +136,13 @@ class AbstractFlowPolicy(AbstractPolicy):
 
         **Returns:**
 
-        The action, and its log-density in nats; NaN where a map folds. For the action of
-        [`fisher_flow.TanhBounds`][], subtract `bounds.log_det(action)`.
+        The action, and its log-density in nats. The density is NaN where a map folds: there two
+        actions are moved to one. With [`fisher_flow.TanhBounds`][], subtract
+        `bounds.log_det(action)` for the density of the executed action.
 
         **Raises:**
 
-        - As `log_prob`.
+        - What `log_prob` raises.
         """
         flow = self.flow_policy
         b = flow.draw(observation, key=key)
@@ -238,9 +239,9 @@ class FlowPolicy(AbstractFlowPolicy):
         """**Arguments:**
 
         - `velocity`: called as `velocity(t, x, observation)` for one sample; returns an array like
-            `x`. Any callable: an `equinox.Module`, or a plain function. If it has a method
-            `given(observation)`, which returns the velocity there as a function of `t` and `x`,
-            each solve calls that once, so that an image is encoded once for all steps.
+            `x`. Any callable: an `equinox.Module`, or a plain function. It may have a method
+            `given(observation)` that returns the velocity as a function of `t` and `x`. Each solve
+            calls that once, so an image is encoded once for all steps.
         - `action_shape`: the shape of one action, for example `(5,)`, or `(16, 7)` for a chunk.
 
         **Other arguments:**
@@ -256,12 +257,12 @@ class FlowPolicy(AbstractFlowPolicy):
         - `max_steps`: the number of steps after which an adaptive solve gives up with an error.
         - `bounds`: `None`, or `(low, high)`, each a number or an array of shape `action_shape`, or
             the `Box` of a Gymnasium environment: samples are clipped to it. Or a
-            [`fisher_flow.TanhBounds`][]: the flow is one of unbounded variables.
-        - `dtype`: the dtype of the actions. By default that of the arrays in `velocity`, else that
-            of the observation but no less than float32, else JAX's default. With
+            [`fisher_flow.TanhBounds`][]: the flow then makes unbounded variables.
+        - `dtype`: the dtype of the actions. By default the dtype of the arrays in `velocity`, else
+            of the observation but no less than float32, else the default of JAX. With
             `dtype=jnp.float32` around a network in bfloat16 or float16, points and times are in
-            float32 and the parameters stay as they are; so `refine` and `certify` take a policy of
-            half precision, whose own samples are too coarse for densities.
+            float32 and the parameters stay as they are. `refine` and `certify` take a policy of
+            half precision in this way, since its own samples are too coarse for densities.
         - `throw`: whether an adaptive solve that does not finish raises an error at run time.
             Otherwise its result is NaN.
 
@@ -549,7 +550,7 @@ class FlowPolicy(AbstractFlowPolicy):
 
 
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
-    """The dtype of actions: the one that is given, else that of the network's arrays, else that of
+    """The dtype of actions: the one that is given, else that of the arrays of the network, else of
     the observation but no less than float32, else JAX's default."""
     if dtype is not None:
         return dtype
@@ -562,7 +563,7 @@ def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
 
 
 def _check_same_path(velocity: Any, path: Any) -> None:
-    """A prediction along one path is no velocity along another."""
+    """A prediction along one path is not a velocity along another."""
     own = getattr(velocity, "path", None)
     if not isinstance(own, AbstractAffineGaussianPath):
         return

@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from equinox import AbstractVar
 from jaxtyping import Scalar
 
 from .._checks import check_instance
@@ -37,72 +38,62 @@ class ReversedVelocity(eqx.Module):
 
     network: Network
 
-    def __init__(self, network: Network):
-        """**Arguments:**
-
-        - `network`: called as `network(t, x, observation)` with noise at time 1.
-        """
-        self.network = network
-
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
         """The velocity with noise at time 0, like `x`."""
         return -self.network(1 - t, x, observation)
 
     def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
-        """The same at one observation, which a network with a method `given` encodes once."""
+        """The same function at one observation. A network with a method `given` encodes it once."""
         return given_within(self, observation)
+
+
+ReversedVelocity.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(t, x, observation)` with noise at time 1.
+"""
 
 
 class ReversedTime(eqx.Module):
-    """A network with noise at time 1, called with noise at time 0; for the predictions below."""
+    """A network that was trained with noise at time 1, as a network with noise at time 0.
+
+    It is the argument of [`fisher_flow.NoisePrediction`][] and of the other predictions.
+    """
 
     network: Network
 
-    def __init__(self, network: Network):
-        """**Arguments:**
-
-        - `network`: called as `network(t, x, observation)` with noise at time 1.
-        """
-        self.network = network
-
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
-        """What the network says at time `1 - t`."""
+        """The output of the network at time `1 - t`."""
         return self.network(1 - t, x, observation)
 
     def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
-        """The same at one observation, which a network with a method `given` encodes once."""
+        """The same function at one observation. A network with a method `given` encodes it once."""
         return given_within(self, observation)
+
+
+ReversedTime.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(t, x, observation)` with noise at time 1.
+"""
 
 
 class AbstractPrediction(eqx.Module):
     r"""Abstract base class for velocities of networks that predict the data or the noise in
     $x_t = \alpha x_1 + \sigma x_0$.
 
-    From the means of both at a point, the velocity is $\dot\alpha x_1 + \dot\sigma x_0$. A network
-    with noise at time 1 is turned around by [`fisher_flow.ReversedTime`][].
+    With the means of both at a point, the velocity is $\dot\alpha x_1 + \dot\sigma x_0$. Wrap a
+    network with noise at time 1 in [`fisher_flow.ReversedTime`][].
     """
 
-    network: Network
-    path: AbstractAffineGaussianPath
+    network: AbstractVar[Network]
+    path: AbstractVar[AbstractAffineGaussianPath]
 
-    def __init__(self, network: Network, path: AbstractAffineGaussianPath):
-        """**Arguments:**
-
-        - `network`: called as `network(t, x, observation)` with noise at time 0.
-        - `path`: the path along which it was trained; give the policy the same one.
-
-        **Raises:**
-
-        - `ValueError` if an argument is not of its kind.
-        """
-        if not callable(network) or isinstance(network, type):
+    def __check_init__(self):
+        if not callable(self.network) or isinstance(self.network, type):
             raise ValueError(
                 "`network` must be a function `network(t, x, observation)`, but got "
-                f"`{network!r}`. Write `network=lambda t, x, observation: ...`."
+                f"`{self.network!r}`. Write `network=lambda t, x, observation: ...`."
             )
-        check_instance("path", path, AbstractAffineGaussianPath, "fisher_flow.LinearPath()")
-        self.network = network
-        self.path = path
+        check_instance("path", self.path, AbstractAffineGaussianPath, "fisher_flow.LinearPath()")
 
     @abc.abstractmethod
     def data_and_noise(
@@ -119,12 +110,15 @@ class AbstractPrediction(eqx.Module):
         return α_dot * data + σ_dot * noise
 
     def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
-        """The same at one observation, which a network with a method `given` encodes once."""
+        """The same function at one observation. A network with a method `given` encodes it once."""
         return given_within(self, observation)
 
 
 class NoisePrediction(AbstractPrediction):
     r"""The velocity of a network that predicts the noise $x_0$, as most diffusion models do."""
+
+    network: Network
+    path: AbstractAffineGaussianPath
 
     def data_and_noise(
         self, t: Scalar, x: Action, observation: Observation
@@ -133,8 +127,22 @@ class NoisePrediction(AbstractPrediction):
         return (x - self.path.sigma(t) * noise) / self.path.alpha(t), noise
 
 
+NoisePrediction.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(t, x, observation)` with noise at time 0.
+- `path`: the path along which the network was trained. Give the policy the same one.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind.
+"""
+
+
 class ScorePrediction(AbstractPrediction):
     r"""The velocity of a network that predicts the score $\nabla \log p_t(x) = -x_0 / \sigma$."""
+
+    network: Network
+    path: AbstractAffineGaussianPath
 
     def data_and_noise(
         self, t: Scalar, x: Action, observation: Observation
@@ -143,14 +151,39 @@ class ScorePrediction(AbstractPrediction):
         return (x - self.path.sigma(t) * noise) / self.path.alpha(t), noise
 
 
+ScorePrediction.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(t, x, observation)` with noise at time 0.
+- `path`: the path along which the network was trained. Give the policy the same one.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind.
+"""
+
+
 class DataPrediction(AbstractPrediction):
     r"""The velocity of a network that predicts the data $x_1$, a denoiser."""
+
+    network: Network
+    path: AbstractAffineGaussianPath
 
     def data_and_noise(
         self, t: Scalar, x: Action, observation: Observation
     ) -> tuple[Action, Action]:
         data = self.network(t, x, observation)
         return data, (x - self.path.alpha(t) * data) / self.path.sigma(t)
+
+
+DataPrediction.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(t, x, observation)` with noise at time 0.
+- `path`: the path along which the network was trained. Give the policy the same one.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind.
+"""
 
 
 class VPrediction(AbstractPrediction):
@@ -168,6 +201,9 @@ class VPrediction(AbstractPrediction):
         ```
     """
 
+    network: Network
+    path: AbstractAffineGaussianPath
+
     def data_and_noise(
         self, t: Scalar, x: Action, observation: Observation
     ) -> tuple[Action, Action]:
@@ -175,3 +211,14 @@ class VPrediction(AbstractPrediction):
         v = self.network(t, x, observation)
         norm = α**2 + σ**2
         return (α * x - σ * v) / norm, (σ * x + α * v) / norm
+
+
+VPrediction.__init__.__doc__ = """**Arguments:**
+
+- `network`: called as `network(t, x, observation)` with noise at time 0.
+- `path`: the path along which the network was trained. Give the policy the same one.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind.
+"""

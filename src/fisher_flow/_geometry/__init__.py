@@ -7,6 +7,11 @@ from ._calibration import (
     measure_whitening as measure_whitening,
     unsettled_score as unsettled_score,
 )
+from ._constant_entries import (
+    constant_entries as constant_entries,
+    constants_at as constants_at,
+    free_constant_entries as free_constant_entries,
+)
 from ._continuous_time import (
     continuous_flow as continuous_flow,
     in_continuous_time as in_continuous_time,

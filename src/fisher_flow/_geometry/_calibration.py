@@ -38,8 +38,8 @@ class CalibratedScore(AbstractScore):
 
     The noise is measured by the actions themselves: it has the same share of their standard
     deviation in every direction. So entries of other units, or directions in which the actions vary
-    little, are seen at other times: the score has one time for all directions whose deviations
-    are alike within a factor of three.
+    little, are seen at other times: directions whose deviations are alike within a factor of three
+    share a time.
     """
 
     time: Scalar
@@ -52,8 +52,8 @@ class CalibratedScore(AbstractScore):
     r"""The predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$ of the choice,
     in coordinates in which the actions have covariance one. Expect it to be off by 0.05 or so, and
     low for errors that all times have in common. Below 0.1 it says no more than that the error is
-    small: with 8192 actions, chance alone accounts for a hundredth of the information. At 1 the
-    score is no better than none at all."""
+    small: with 8192 actions, chance alone accounts for a hundredth of the information. At 1 a
+    score of zero would be as good."""
 
     ratio: Scalar
     """The noise that was chosen, as a share of the standard deviation of the actions."""
@@ -69,8 +69,8 @@ class CalibratedScore(AbstractScore):
     """The predicted errors of both orders at each of them."""
 
     settled: Bool[Array, ""]
-    """Whether the best share lies inside of those that were tried. If it is the smallest or the
-    largest of them, a better one may lie beyond, and nothing is known about the error."""
+    """Whether the share that was chosen lies inside the range that was tried. If it is the smallest
+    or the largest of them, a better one may lie beyond, and nothing is known about the error."""
 
     whitening: Whitening
     """The coordinates in which the actions have covariance one."""
@@ -87,16 +87,19 @@ class CalibratedScore(AbstractScore):
         velocity: Callable[[Scalar, Action], Action],
         action: Action,
     ) -> Action:
+        times, groups, whitening = jax.tree.map(
+            lambda leaf: leaf.astype(action.dtype), (self.times, self.groups, self.whitening)
+        )
+
         def score_of_order(order):
-            times = self.times.astype(action.dtype)
-            return grouped_score(path, velocity, action, times, order, self.groups, self.whitening)
+            return grouped_score(path, velocity, action, times, order, groups, whitening)
 
         if isinstance(self.order, int):
             return score_of_order(self.order)
         return lax.cond(self.order == 1, lambda: score_of_order(1), lambda: score_of_order(2))
 
     def plot(self) -> "matplotlib.figure.Figure":
-        """Draws the predicted error of each order over the time, and the choice.
+        """Draws the predicted error of each order over the share of noise, and the choice.
 
         **Returns:**
 
@@ -129,31 +132,32 @@ def calibrate_score(
     r"""Chooses the time and the order of a [`fisher_flow.PerturbedScore`][] by implicit score
     matching on actions.
 
-    At early times the score is that of a blurred density, at late ones the errors of the velocity
-    are amplified; where the balance lies depends on the flow, the data and the training. The loss
+    At early times the score belongs to a blurred density. At late times the errors of the velocity
+    are amplified. Where the balance lies depends on the flow, the data and the training. The loss
 
     $$J(\hat s) = \mathbb E\bigl[\tfrac12\|\hat s\|^2 + \nabla \cdot \hat s\bigr]
         = \tfrac12 \mathbb E\|\hat s - s\|^2 - \tfrac12 \mathbb E\|s\|^2$$
 
-    needs no true score, and is least where the error is. The norm is that of the coordinates in
-    which the actions have covariance one, so that no unit of an entry matters. Among the shares of
-    noise that are as good as the best but for chance, one with little bias is taken. If it lies at
-    the edge of those that were tried, others beyond it are tried.
+    needs no true score, and is least where the error is. The norm is taken in coordinates in which
+    the actions have covariance one, so that no unit of an entry matters. Noise is tried as a share
+    of the deviation of the actions, the same share in every direction. Chance decides between
+    shares that are nearly equal, so one with little bias is taken among all that may be the best.
+    If it is the smallest or the largest that was tried, further ones beyond it are tried.
 
-    The predicted errors need $\mathbb E\|s\|^2$ besides, the Fisher information of the actions. In
-    its place stands the part of it that a regression on all the estimates accounts for: on each by
-    itself, and on each held back where the score is large. The prediction is low by what that does
-    not account for. It tells a good score from a bad one, and is no proof of a good one.
+    The predicted errors also need $\mathbb E\|s\|^2$, the Fisher information of the actions. It is
+    replaced by the part of it that a regression on all the estimates explains: on each by itself,
+    and on each held back where the score is large. The prediction is low by the part that is not
+    explained. It tells a good score from a bad one, and does not prove that a score is good.
 
     !!! tip
 
-        Which actions? Those of the data judge the score against the data; take ones that the flow
+        Which actions? Actions of the data judge the score against the data; take ones that the flow
         was not trained on. Samples of the policy judge it against the policy, whose KL the
         library bounds: this is what [`fisher_flow.refine`][] does when it calibrates by itself.
 
     **Arguments:**
 
-    - `policy`: a flow policy. Of a refined policy, the flow underneath is calibrated.
+    - `policy`: a flow policy. If it is a refined policy, the flow underneath is calibrated.
     - `observations`: observations, any PyTree of arrays with a leading batch axis.
     - `actions`: one action at each of them, before any bounds.
 
@@ -234,8 +238,8 @@ def measure_whitening(
 ) -> Whitening:
     """The coordinates in which the actions of a policy have covariance one, at one observation.
 
-    From two actions at each of some 2048 observations: their difference knows nothing of how the
-    mean action changes from one observation to another.
+    They come from two actions at each of some 2048 observations. The difference of the two does not
+    depend on how the mean action changes from one observation to another.
     """
     length = jnp.shape(jax.tree.leaves(observations)[0])[0]
     num = 2048
@@ -268,7 +272,12 @@ def _groups(whitening: Whitening) -> Float[Array, "groups size"]:
     return jnp.asarray(np.stack(groups), deviations.dtype)
 
 
-def _times(path: AbstractAffineGaussianPath, whitening, groups, ratio: Scalar) -> Array:
+def _times(
+    path: AbstractAffineGaussianPath,
+    whitening: Whitening,
+    groups: Float[Array, "groups size"],
+    ratio: Scalar,
+) -> Float[Array, " groups"]:
     """The time of each group at which the noise has a given share of its deviation."""
     log_deviation = jnp.log(jnp.where(whitening.varies, whitening.deviations, 1))
     count = jnp.maximum(jnp.sum(groups, axis=1), 1)
@@ -358,14 +367,14 @@ def _choice(
 ) -> tuple[Array, Array]:
     """The order, less one, and the number of the share of noise to use.
 
-    Chance decides which of several nearly equal criteria is the least, and a chance that favours
-    more noise shrinks the score. So the choice is among those that are worse by at most two
-    standard errors of the paired difference: the second order if it is there, and the share that is
+    Chance decides which of several nearly equal criteria is the least. If it favours more noise,
+    the score shrinks. So the choice is among all that are worse by at most two standard errors of
+    the paired difference. It is the second order if one of them has it, and the share that is
     nearest to one at which the bias is small.
     """
     known = jnp.where(jnp.isfinite(criterion), criterion, jnp.inf)
     best = jnp.unravel_index(jnp.argmin(known), known.shape)
-    excess = losses - losses[best]
+    excess = losses - losses[best][None, None]
     stderr = jnp.std(excess, axis=2) / losses.shape[2] ** 0.5
     good = jnp.isfinite(known) & (jnp.mean(excess, axis=2) <= 2 * stderr)
     order = jnp.where(jnp.any(good[1]), 1, 0)

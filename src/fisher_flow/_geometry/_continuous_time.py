@@ -49,7 +49,7 @@ def with_flow(policy: Any, flow: FlowPolicy) -> Any:
 
 
 def continuous_flow(flow: FlowPolicy, dtype: Any) -> FlowPolicy:
-    """The flow with steps as short as it takes, in place of those of its sampler."""
+    """The flow with steps as short as needed, instead of the steps of its sampler."""
     latest = flow.path.time_at_noise_ratio(jnp.asarray(0.1 * smallest_deviation(dtype), dtype))
     tol = 1e-7 if dtype == jnp.float64 else 1e-5
     return FlowPolicy(
@@ -58,11 +58,11 @@ def continuous_flow(flow: FlowPolicy, dtype: Any) -> FlowPolicy:
         path=flow.path,
         solver=diffrax.Tsit5(),
         num_steps=flow.num_steps,
-        stepsize_controller=diffrax.PIDController(rtol=10 * tol, atol=0.1 * tol),
+        stepsize_controller=diffrax.PIDController(rtol=tol, atol=0.1 * tol),
         adjoint=flow.adjoint,
         max_steps=flow.max_steps,
         bounds=flow.bounds,
-        dtype=flow.dtype,
+        dtype=dtype,
         throw=False,
     )
 
@@ -73,12 +73,12 @@ def in_continuous_time(
     """The policy as its velocity defines it, where the steps of its sampler are too long for that.
 
     A few long steps may be far from the flow in continuous time: in directions in which the actions
-    vary little they end with almost no variation at all. The geometry is that of the flow, so its
-    actions are then drawn with steps as short as it takes. Inside `jax.jit` the policy is returned
-    as it is.
+    vary little they end with almost no variation at all. Scores, costs and KLs are about the flow.
+    So its actions are then drawn with steps as short as needed. Inside `jax.jit` the policy is
+    returned as it is.
     """
     flow = policy.flow_policy
-    if not isinstance(flow, FlowPolicy):  # a steered one, whose densities are those of its steps
+    if not isinstance(flow, FlowPolicy):  # a steered flow: its steps have the densities
         return policy
     leaves = jax.tree.leaves(eqx.filter((flow, observations), eqx.is_array))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):

@@ -21,8 +21,8 @@ class AbstractScore(eqx.Module):
     r"""Abstract base class for estimates of the score $\nabla_a \log \pi(a \mid o)$ of a policy.
 
     The score is not learned: it is read off the velocity of the flow shortly before time 1, where
-    the density is that of the actions smoothed by a little noise. How little is the choice to
-    make: with more noise the score is that of a blurred density, with less it amplifies the
+    the density belongs to the actions smoothed by a little noise. How little is the choice to
+    make: with more noise the score belongs to a blurred density, with less it amplifies the
     errors of the velocity.
     """
 
@@ -54,8 +54,8 @@ class AbstractScore(eqx.Module):
 
         **Arguments:**
 
-        - `policy`: a flow policy; or a refined one, whose score follows from that of the flow by
-            the change of variables.
+        - `policy`: a flow policy, or a refined policy. The score of a refined policy follows from
+            the score of its flow by the change of variables.
         - `observation`: one observation, any PyTree of arrays.
         - `action`: where to evaluate the score.
 
@@ -68,11 +68,11 @@ class AbstractScore(eqx.Module):
 
 
 class PaperScore(AbstractScore):
-    r"""The score of the Fisher Decorator paper: that of the path at a perturbed time,
+    r"""The score of the Fisher Decorator paper: the score of the path at a perturbed time,
 
     $$\hat s(a) = \nabla \log p_t(a) = \frac{t\, v(t, a) - a}{1 - t}$$
 
-    on the linear path. The density $p_t$ is that of $t a + (1 - t) x_0$, which lies closer to the
+    on the linear path. Here $p_t$ is the density of $t a + (1 - t) x_0$, which lies closer to the
     origin than the actions do, so its bias is $O(r)$ in the noise ratio
     $r = \sigma(t) / \alpha(t)$. [`fisher_flow.PerturbedScore`][] does better at the same cost.
 
@@ -130,8 +130,8 @@ class PerturbedScore(AbstractScore):
     !!! tip
 
         Later times amplify the errors of a learned velocity, and the second order does so more than
-        the first. The best time depends on the scale of the actions and on the training:
-        [`fisher_flow.calibrate_score`][] finds it.
+        the first. The best time depends on the scale of the actions and on the training, and it is
+        another for an entry of another scale: [`fisher_flow.calibrate_score`][] finds it.
     """
 
     time: ScalarLike | None
@@ -142,8 +142,8 @@ class PerturbedScore(AbstractScore):
         """**Arguments:**
 
         - `time`: the time in (0, 1) at which the flow is evaluated. Without one, `refine` replaces
-            this score, order and all, by a calibrated one if it is given observations; else the
-            time is 0.95.
+            this score and its order by a calibrated score if it is given observations; otherwise
+            the time is 0.95.
         - `order`: 1 for the score of the smoothed density, at one evaluation of the velocity; 2 to
             extrapolate with a second evaluation, at the later time at which the variance of the
             noise is half as large.
@@ -186,7 +186,7 @@ def grouped_score(
     groups: Float[Array, "groups size"],
     whitening: Whitening,
 ) -> Action:
-    """The smoothed score, with a time of its own for every group of directions of a whitening.
+    """The smoothed score, with one time for each group of directions of a whitening.
 
     It is zero in directions in which the actions do not vary.
     """

@@ -21,9 +21,9 @@ class TransportTerms(NamedTuple):
     r"""Nats; the KL is its mean over the actions of the policy."""
 
     folded: Bool[Array, ""]
-    r"""Whether $\det(I + \nabla\delta) \le 0$, so that $T$ is not one-to-one here; or the map or
-    the score is not finite here, so that nothing is known, and the KL here is given as zero. With
-    probes it is so, too, where they see a fold, and folds by little may be missed."""
+    r"""Whether $\det(I + \nabla\delta) \le 0$, so that $T$ is not one-to-one here. It is true, too,
+    where the map or the score is not finite: nothing is known there, and the KL is given as zero.
+    Probes may miss a fold whose determinant is only a little below zero."""
 
     stein: Scalar
     r"""The Stein residual $s \cdot \delta + \nabla \cdot \delta$, of mean zero if $s$ is right."""
@@ -42,12 +42,12 @@ class TransportKL(eqx.Module):
     $\operatorname{KL} = \mathbb E[\log\pi(a) - \log|\det(I + \nabla\delta)| - \log\pi(a + \delta)]$
     by writing the difference of log-densities as an integral of the score, and then adding
     $\mathbb E[\nabla \cdot \delta + s \cdot \delta]$, which is zero by Stein's identity. What is
-    left of each bracket is of second order at every single action, so few samples suffice.
+    left of each bracket is of second order at every single action, so few samples are enough.
 
     The estimate is of the policy before its bounds, and as good as its score. Two quantities come
     with it for a check: the share of actions at which the map folds (there the formula does not
     hold), and the Stein residual $\mathbb E[\nabla \cdot \delta + s \cdot \delta]$ (which is zero
-    if the score is that of the actions).
+    if the score is the score of the actions).
     """
 
     score: AbstractScore = PerturbedScore()
@@ -137,7 +137,7 @@ class TransportKL(eqx.Module):
         - `policy`, `observation`, `action`: as for `__call__`.
         - `displacement`: $\delta(a)$.
         - `jacobian`: $\nabla\delta(a)$, as `linearise` returns it.
-        - `flow_action`: of a refined policy, the action of its flow from which `action` comes. If
+        - `flow_action`: for a refined policy, the action of its flow from which `action` comes. If
             it is not known, it is found by inverting.
 
         **Returns:**
@@ -145,7 +145,8 @@ class TransportKL(eqx.Module):
         The same named tuple.
         """
         flow = policy.flow_policy
-        # The KL is the same in all coordinates; in those of the flow the score is at hand.
+        # The KL is the same in all coordinates; in the coordinates of the flow the score is at
+        # hand.
         a, δ, J = self.in_flow_coordinates(
             policy, observation, action, displacement, jacobian, flow_action
         )
@@ -182,8 +183,8 @@ class TransportKL(eqx.Module):
     ) -> tuple[Action, Action, Float[Array, "..."]]:
         r"""Expresses a transport map of a policy as one of the flow underneath, at the same KL.
 
-        If the policy is the flow followed by a map $F$, then to follow it by a further map $S$ is
-        to follow the flow by $F^{-1} \circ S \circ F$; from the flow it is $S \circ F$.
+        Let the policy be the flow followed by a map $F$. A further map $S$ of the policy is the map
+        $F^{-1} \circ S \circ F$ of the flow; measured from the flow it is $S \circ F$.
 
         **Arguments:**
 
@@ -217,6 +218,7 @@ TransportKL.__init__.__doc__ = r"""**Arguments:**
     estimated, each at eight products of $\nabla\delta$ with a vector. By default both
     are exact for actions of up to 32 entries, and larger ones have one probe: its error
     averages out over the actions.
-- `whole_chain`: whether the KL of a map of a *refined* policy is that from the flow
-    underneath, through this map and all before it, rather than from that policy.
+- `whole_chain`: whether the KL of a map of a *refined* policy is measured from the flow
+    underneath, through this map and all maps before it. Otherwise it is measured from the refined
+    policy.
 """

@@ -1,4 +1,8 @@
-from ._damped_solve import damped_solve as damped_solve, mean_eigenvalue as mean_eigenvalue
+from ._damped_solve import (
+    damped_matrix as damped_matrix,
+    damped_solve as damped_solve,
+    mean_eigenvalue as mean_eigenvalue,
+)
 from ._jacobian import (
     rademacher_probes as rademacher_probes,
     value_and_divergence as value_and_divergence,

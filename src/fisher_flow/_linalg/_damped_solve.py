@@ -1,4 +1,4 @@
-"""Damped solves with a metric, of whatever kind it is.
+"""Damped solves with a metric of any kind.
 
 A value that is not finite passes through. `lineax.linear_solve` raises when a tangent is not
 finite, even with `throw=False`, and one action at which the critic is broken would end a whole
@@ -47,6 +47,18 @@ def damped_solve(
         damped = lx.TaggedLinearOperator(operator + ridge, lx.positive_semidefinite_tag)
     solution: Array = _linear_solve(damped, vector, solver)
     return jnp.where(finite, solution, jnp.nan)
+
+
+def damped_matrix(
+    operator: lx.AbstractLinearOperator, damping: Scalar
+) -> Float[Array, "size size"]:
+    """The matrix of `operator + damping I`, as a damped solve takes it."""
+    if isinstance(operator, WhitenedOperator):
+        inner = damped_matrix(operator.operator, damping)
+        whitened = lx.MatrixLinearOperator(inner, lx.positive_semidefinite_tag)
+        return WhitenedOperator(whitened, operator.whitening).as_matrix()
+    matrix = lx.materialise(operator).as_matrix()
+    return matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
 
 def mean_eigenvalue(operator: lx.AbstractLinearOperator, action: Array) -> Scalar:

@@ -20,7 +20,7 @@ from ._jacobian import rademacher_probes
 from ._positive_part import smooth_positive_part
 
 
-# Up to this many entries an action has dense Jacobians: they are exact, and no dearer.
+# Up to this many entries an action has dense Jacobians: they are exact, and not slower.
 dense_limit = 32
 
 
@@ -40,8 +40,8 @@ def arnoldi(
 
     **Returns:**
 
-    - An orthonormal basis `V` as rows. Where the space is exhausted early its last rows shrink to
-        zero smoothly, so that everything can be differentiated there.
+    - An orthonormal basis `V` as rows. If the space has fewer dimensions than `rank`, the last rows
+        shrink to zero smoothly, so that everything can be differentiated.
     - The projection `V A Vᵀ`.
     """
     ε = jnp.asarray(jnp.finfo(start.dtype).eps, start.dtype)
@@ -73,9 +73,9 @@ def arnoldi(
 class KrylovPositivePart(lx.AbstractLinearOperator):
     """The smooth positive part of a symmetric matrix, of which only products are known.
 
-    A product, or a damped solution, is that in the space spanned by the vector at hand and its
-    images. It is the matrix function up to the error of that projection, which falls as fast as
-    that of conjugate gradients.
+    A product, or a damped solution, is computed in the space that a vector and its images span. It
+    is exact up to the error of that projection, which falls as fast as the error of conjugate
+    gradients.
     """
 
     product: Callable[[Array], Array]
@@ -94,7 +94,7 @@ class KrylovPositivePart(lx.AbstractLinearOperator):
         return V.T @ jnp.linalg.solve(P + damping * identity, V @ vector)
 
     def _projected(self, vector):
-        # A learned velocity is not exactly a gradient field, so neither is its score.
+        # A learned velocity is not exactly a gradient field, and its score is not either.
         V, H = arnoldi(self.product, vector, self.rank)
         H = 0.5 * (H + H.T)
         return V, smooth_positive_part(H, self.squared_width(jnp.sum(H**2) / self.rank))
@@ -154,7 +154,7 @@ def masked_trace(
 
 
 def _probes(num_probes: int, action: Array) -> Float[Array, "probes size"]:
-    """Probes that are a function of the action, and others at every action."""
+    """Random probes that depend on the action only."""
     return rademacher_probes(num_probes, action.reshape(-1), fold_in_values(jr.key(0), action))
 
 
@@ -183,15 +183,15 @@ def trace_and_log_det(
 ) -> tuple[Scalar, Scalar, Scalar]:
     r"""The trace of a Jacobian $J$, and $\log |\det(I + J)|$ with its sign.
 
-    Of projections, the first two are unbiased but for the rank. Where a projection turns around
-    while `J` grows to its size, the logarithm is NaN and the sign negative. A reversal by little
-    may not show in a projection, so its sign is no proof that there is none.
+    From projections, the trace and the logarithm are unbiased up to the error of the rank. If
+    $I + \tau J$ is singular in a projection for some $\tau$ up to 1, the logarithm is NaN and the
+    sign negative. A projection may miss a slight reversal, so a positive sign is not a proof.
     """
     identity = jnp.eye(jacobian.shape[-1], dtype=jacobian.dtype)
     if jacobian.ndim == 2:
         sign, log_det = jnp.linalg.slogdet(identity + jacobian)
         return jnp.trace(jacobian), log_det, sign
-    # H - log(I + H) = ∫₀¹ τ H² (I + τ H)⁻¹ dτ, whose first entry is that of the probe
+    # H - log(I + H) = ∫₀¹ τ H² (I + τ H)⁻¹ dτ, of which the first entry belongs to the probe
     nodes, weights = np.polynomial.legendre.leggauss(12)
     τ = jnp.asarray(0.5 * (nodes + 1), jacobian.dtype)
     weights = jnp.asarray(0.5 * weights, jacobian.dtype)

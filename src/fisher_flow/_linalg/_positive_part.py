@@ -1,8 +1,8 @@
 """The positive part of a symmetric matrix, smooth and differentiable to every order.
 
-Differentiating an eigendecomposition divides by differences of eigenvalues, and fails where two
-of them agree, as they do for every isotropic Gaussian. The functions here use eigenvectors for
-their values only; their derivatives solve a Sylvester equation, which never degenerates.
+The derivative of an eigendecomposition divides by differences of eigenvalues. It fails where two
+eigenvalues agree, as they do for every isotropic Gaussian. The functions here use eigenvectors for
+their values only. Their derivatives solve a Sylvester equation, which is never singular.
 """
 
 import jax

@@ -77,7 +77,9 @@ def whiten_samples(
     n, size = samples.shape
     ε = jnp.asarray(8 * jnp.finfo(samples.dtype).eps, samples.dtype)
     scale = jnp.sqrt(jnp.mean(samples**2, axis=0))
-    varies = scale > jnp.maximum(ε * (1 + magnitude), jnp.asarray(smallest, samples.dtype))
+    # Solvers, too, err by a share of what they solve for.
+    rounding = jnp.asarray(smallest, samples.dtype) * (1 + 3 * magnitude)
+    varies = scale > jnp.maximum(ε * (1 + magnitude), rounding)
     scale = jnp.where(varies, scale, 0)
     safe = jnp.where(varies, scale, 1)
     diagonal = jnp.where(varies, 1 / safe, 0)
@@ -87,9 +89,10 @@ def whiten_samples(
     # told apart from a wide one, and does not pass its rounding on to it. The entries are scaled
     # first: a factorisation keeps digits relative to the largest of them.
     order = jnp.argsort(-scale)
-    Z = jnp.where(varies, samples / safe, 0)[:, order] / n**0.5
+    Z = jnp.where(varies[None], samples / safe[None], 0)[:, order] / n**0.5
     R: Array = jnp.linalg.qr(Z, mode="r")  # pyright: ignore
-    R = jnp.sign(jnp.where(jnp.diagonal(R) == 0, 1, jnp.diagonal(R)))[:, None] * R
+    signs: Array = jnp.where(jnp.diagonal(R) < 0, -1, 1)
+    R = signs.astype(R.dtype)[:, None] * R
     used = jnp.diagonal(R) > ε
     # Directions in which the others already tell all stay out of both factors.
     R = jnp.where(used[:, None], R, 0)

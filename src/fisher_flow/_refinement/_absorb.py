@@ -65,12 +65,12 @@ def absorb(
 
     **Other arguments:**
 
-    - `critic`: by which the loss is judged; by default that of the policy.
+    - `critic`: by which the loss is judged; by default the critic of the policy.
     - `flow`: the flow policy to start from, whose velocity field is trained, of the same bounds. By
-        default the flow underneath `policy`, which is the nearest thing at hand.
+        default the flow underneath `policy`.
     - `held_out`: the observations to measure the loss at; by default `observations`.
     - `num_samples`: the number of actions that are drawn to learn from.
-    - `num_updates`, `batch_size`, `learning_rate`, `progress`: as of [`fisher_flow.fit_flow`][].
+    - `num_updates`, `batch_size`, `learning_rate`, `progress`: as for [`fisher_flow.fit_flow`][].
     - `key`: a `jax.random.key`; the same key gives the same policy.
 
     **Returns:**
@@ -108,8 +108,8 @@ def absorb(
     row_key, action_key = jr.split(draw_key)
     o = random_rows(observations, num_samples, key=row_key)
     a = _draw(policy, o, jr.split(action_key, num_samples))
-    # With noise of its own for every action: the score is read off a path whose noise is Gaussian
-    # and independent of its end, which the noise that made the action is not.
+    # With new noise for every action: the score is read off a path whose noise is Gaussian and
+    # independent of its end. The noise that made the action is not independent of it.
     fitted = fit_flow(
         start,
         o,

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 
 class Verdict(enum.Enum):
-    """What a certificate says in the end: that its promise holds, or the first reason why it may
-    not, the likeliest first, with what to do."""
+    """The last line of a certificate: the promise holds, or the likeliest reason why it may not
+    hold, with what to do.
+
+    The promise is that the KL stays within the radius, and that the critic's value rises.
+    """
 
     holds = "The promise holds: the KL is within the radius, and independent estimates agree on it."
     critic_not_finite = (
@@ -24,7 +27,7 @@ class Verdict(enum.Enum):
     )
     beyond_data = (
         "Some actions lie where the unrefined policy never acts: their KL is infinite or unknown. "
-        "Lower the `radius`, or let the critic ignore entries of the action that never vary."
+        "Lower the `radius`, or write a critic that ignores entries of the action that never vary."
     )
     folds = (
         "The map is not one-to-one at too many actions, and the KL does not hold there. Raise the "
@@ -40,12 +43,12 @@ class Verdict(enum.Enum):
         "flow longer, or pass more `observations` to `refine`."
     )
     stein_residual = (
-        "The estimates of the KL disagree, and the Stein residual is off: the score is not that of "
-        "the actions. Train the flow longer, or raise `num_steps` of the policy."
+        "The Stein residual is not zero: the score is not the score of the actions, and the KL by "
+        "scores is wrong. Train the flow longer, or raise `num_steps` of the policy."
     )
     witnesses_disagree = (
         "The estimates of the KL disagree, and the reason is not known. Train the flow longer, or "
-        "look at the densities: `policy.log_prob` at some actions."
+        "look at the densities: `policy.log_prob(observation, action)` at some actions."
     )
     radius_exceeded = (
         "The KL is above the radius by more than its error. Refine with more `observations`, or a "
@@ -53,7 +56,7 @@ class Verdict(enum.Enum):
     )
     estimated = (
         "One of the two policies has no density. The KL is an estimate from nearest neighbours and "
-        "may be off by tens of per cent: compare it with others that were made in the same way."
+        "may be off by tens of per cent: compare it only with estimates of the same kind."
     )
     unchecked = (
         "No independent estimate of the KL was made, or its error is too large. Pass a larger "
@@ -68,23 +71,24 @@ class Verdict(enum.Enum):
 class Certificate(eqx.Module):
     """What a refinement costs and gains, measured; made by [`fisher_flow.certify`][].
 
-    Standard errors are over observations (over actions if there is one observation only). The last
-    line of its table is the verdict.
+    It prints as a table whose last line is the verdict. What was not measured is left out of the
+    table, and is NaN here. Standard errors are over observations (over actions if there is one
+    observation only).
     """
 
     verdict: Verdict = eqx.field(static=True)
     """Whether the promise holds, and if not, what to do."""
 
     kl: Scalar
-    """The measured KL from the unrefined policy, in nats, averaged over observations. In a chain,
-    where the measure of the method is of the whole chain, that from the flow underneath."""
+    """The measured KL from the unrefined policy, in nats, averaged over observations. In a chain it
+    is the KL from the flow underneath."""
 
     kl_stderr: Scalar
     """Its standard error."""
 
     kl_by_score: Scalar
     """The KL by scores alone, on all `num_actions`. `kl` is this, or the KL by densities if the two
-    differ by more than three standard errors."""
+    differ by more than three standard errors. NaN for a steered policy and for a pair."""
 
     kl_upper: Scalar
     """An upper confidence limit of `kl` at the `level` that was asked for. It assumes that the mean
@@ -94,8 +98,8 @@ class Certificate(eqx.Module):
     """The KL by the densities of the flow in continuous time, and how it differs from scores."""
 
     by_steps: Witness
-    """The KL of the samplers that act, by the density of what their steps make. It differs from
-    `kl` where the steps are too long for the flow."""
+    """The KL of the samplers that act, by the density of the actions that their steps make. It
+    differs from `by_density` where the steps are too long for the flow."""
 
     kl_predicted: Scalar
     """The mean cost by the metric of the flow; near `kl` for metrics that predict a KL."""
@@ -111,35 +115,35 @@ class Certificate(eqx.Module):
     """An upper confidence limit of `folded`, exact for independent actions."""
 
     improvement: Scalar
-    """The mean gain in the critic's value, in its own units."""
+    """The mean gain in the critic's value, in the units of the critic."""
 
     improvement_stderr: Scalar
     """Its standard error."""
 
     total_kl: Scalar
-    """The KL from the flow underneath, in nats, through all the transport maps of a chain and the
-    choice of a [`fisher_flow.BestOf`][] or [`fisher_flow.Resample`][], of which it is an upper
+    """The KL from the flow underneath, in nats, through all the transport maps of a chain. With a
+    [`fisher_flow.BestOf`][] or [`fisher_flow.Resample`][] it includes the choice, and is an upper
     bound."""
 
     total_kl_stderr: Scalar
     """Its standard error."""
 
     total_improvement: Scalar
-    """The mean gain in the critic's value over that flow."""
+    """The mean gain in the critic's value over the flow underneath."""
 
     total_improvement_stderr: Scalar
     """Its standard error."""
 
     stein: Scalar
-    """The mean Stein residual. It should be zero within a few standard errors; if it is not, the
-    score is not that of the actions and `kl` is off: try another `time` of the score."""
+    """The mean Stein residual. It should be zero within a few standard errors. If it is not, the
+    score is not the score of the actions, and `kl_by_score` is wrong."""
 
     stein_stderr: Scalar
     """Its standard error."""
 
     non_finite: Scalar
     """The share of actions that were left in place because the gradient of the critic, or the
-    displacement, was not finite there. It should be zero; if it is not, the critic is broken."""
+    displacement, was not finite there. If it is not zero, the critic is broken."""
 
     score: AbstractScore
     """The estimate of the score by which the KL was measured."""
@@ -167,7 +171,7 @@ class Certificate(eqx.Module):
 
     @property
     def holds(self) -> bool:
-        """Whether the promise holds."""
+        """Whether the verdict is that the promise holds."""
         return self.verdict is Verdict.holds
 
     def __str__(self) -> str:
@@ -184,12 +188,14 @@ class Certificate(eqx.Module):
             ("gain in Q", f"{self.improvement:.4g} ± {self.improvement_stderr:.2g}"),
             ("KL from the flow, in all", f"{self.total_kl:.4g} ± {self.total_kl_stderr:.2g}"),
             ("gain over the flow, in all", total_gain),
-            ("folded", f"{100 * self.folded:.2f} %, at most {100 * self.folded_upper:.2f} %"),
-            ("score", _describe(self.score)),
+            ("folded", _share(self.folded, self.folded_upper)),
+            ("score", "nan" if jnp.isnan(self.kl_by_score) else _describe(self.score)),
             ("Stein residual", f"{self.stein:.2g} ± {self.stein_stderr:.2g}"),
             ("not finite, left in place", f"{100 * self.non_finite:.2f} %"),
             ("actions, observations", f"{self.num_actions}, {self.num_observations}"),
         ]
+        # What was not measured is left out, such as the KL by scores of a steered flow.
+        rows = [(name, value) for name, value in rows if not value.startswith("nan")]
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
         return f"{table}\n{self.verdict.name}: {self.verdict.value}"
@@ -226,7 +232,7 @@ class Certificate(eqx.Module):
         left.set(ylim=(0, 1.2 * top if top > 0 else 1))
         left.set(xlabel="fraction of the displacement", ylabel="KL (nats)")
         left.legend(frameon=False)
-        # Gains that are all alike but for rounding leave no room for bins of their own.
+        # Gains that differ by rounding alone need a range for their bins.
         low, high = float(jnp.min(self.gains)), float(jnp.max(self.gains))
         margin = 1e-3 * max(abs(low), abs(high), 1e-3)
         right.hist(self.gains, bins=60, range=(low - margin, high + margin), color="C2")
@@ -242,8 +248,14 @@ def _measured(witness: Witness) -> str:
     return "-" if jnp.isnan(witness.kl) else f"{witness.kl:.4g} ± {witness.kl_stderr:.2g}"
 
 
+def _share(share, upper) -> str:
+    if jnp.isnan(upper):  # there is no map that could fold
+        return "nan"
+    return f"{100 * share:.2f} %, at most {100 * upper:.2f} %"
+
+
 def _ratio(kl, stderr, radius) -> str:
-    return f"{kl / radius:.3f} ± {stderr / radius:.2g}" if radius > 0 else "-"
+    return f"{kl / radius:.3f} ± {stderr / radius:.2g}" if radius > 0 else "nan"
 
 
 def _describe(score: AbstractScore) -> str:

@@ -15,7 +15,7 @@ from .._geometry import CalibratedScore, in_continuous_time
 from ._certificate import Certificate, Verdict
 from ._certify_pair import certify_pair
 from ._executed_critic import check_critic, critic_value
-from ._limits import binomial_limit, normal_quantile, standard_error
+from ._limits import binomial_limit, mean_and_stderr, normal_quantile
 from ._method import draw_from_flow
 from ._refined_policy import RefinedPolicy
 from ._selections import AbstractSelection
@@ -47,33 +47,34 @@ def certify(
     r"""Measures what a policy costs and gains, on actions drawn afresh.
 
     The KL is measured more than once: by the score of the flow, by the densities of the flow in
-    continuous time, and by the density of what the steps of the sampler make, which is the one that
-    acts. The certificate ends with a verdict, [`fisher_flow.Verdict`][]: the promise holds if all
-    of them agree and stay within the radius.
+    continuous time, and by the density of the actions that the steps of the sampler make. The last
+    is the KL of what acts. The certificate ends with a verdict, [`fisher_flow.Verdict`][]: the
+    promise holds if the estimates agree and stay within the radius.
 
     **Arguments:**
 
     - `policy`: the policy that `refine` returned, or a [`fisher_flow.BestOf`][] or
-        [`fisher_flow.Resample`][] of it. The certificate is of the last refinement, from the policy
-        that it refined; its `total_...` entries are of all that happened since the flow. With a
-        `base`, any policy.
-    - `critic`: called as `critic(observation, action)`; the judge of the gain, which may be another
-        than the one that refined.
+        [`fisher_flow.Resample`][] of it. The certificate describes the last refinement, from the
+        policy that it refined; its `total_...` entries describe all refinements since the flow.
+        It may be a steered policy, and with a `base` any policy.
+    - `critic`: called as `critic(observation, action)`; the judge of the gain. It may be another
+        critic than the one that refined.
     - `observations`: the observations to measure at, any PyTree of arrays with a leading axis. Take
         ones that the refinement has not seen.
 
     **Other arguments:**
 
-    - `base`: the policy to compare with, by default the one that was refined. Any pair will do: a
-        flow that was fine-tuned and the flow before it, a guided flow, two checkpoints of one
-        training. Where one of the two has no density, as a one-step policy has none, the KL is
-        estimated from the distances of their actions to their nearest neighbours, and the verdict
-        says that it is an estimate.
-    - `num_actions`: about how many actions to draw, spread evenly over the observations; of more
-        observations than that, as many are chosen at random.
+    - `base`: the policy to compare with, by default the policy that was refined. Any pair works: a
+        flow that was fine-tuned and the flow before it, a guided flow and its flow, two checkpoints
+        of one training. A one-step policy and a choice among several actions have no density. Then
+        the KL is estimated from the distances of actions to their nearest neighbours, and the
+        verdict says that it is an estimate.
+    - `num_actions`: about how many actions to draw, spread evenly over the observations. If there
+        are more observations, this many of them are chosen at random.
     - `num_witnesses`: the number of actions to begin with for the estimates by densities; up to
-        eight times as many are used, until their error is small. 0 for none. They cost two solves
-        of the flow with a Jacobian each, and are made for actions of up to 64 entries.
+        eight times as many are used, until their error is small. With 0 no such estimate is made.
+        Each action costs two solves of the flow, both with a Jacobian. Actions may have up to 64
+        entries.
     - `level`: the level of the upper confidence limits.
     - `throw`: whether to raise an error if the promise does not hold.
     - `key`: a `jax.random.key`.
@@ -130,7 +131,7 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
     upper = binomial_limit(round(folded * num_drawn), num_drawn, level)
     method = refined.method
     found["kl_by_score"] = found["kl"]
-    # A difference beyond chance is an error of the scores; one within it is noise.
+    # A difference beyond chance is an error of the scores; a smaller difference is noise.
     if abs(float(by_density.difference)) > 3 * float(by_density.difference_stderr):
         found["kl"], found["kl_stderr"] = by_density.kl, by_density.kl_stderr
     verdict = _judge(found, by_density, by_steps, method, num_drawn)
@@ -150,7 +151,7 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
 
 
 def _refined(policy: Any) -> Any:
-    """The policy of which a choice is made, if it is."""
+    """The refined policy, without the choice among its actions if there is one."""
     return policy.policy if isinstance(policy, AbstractSelection) else policy
 
 
@@ -179,7 +180,7 @@ def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
                 return Verdict.score_uncalibrated
             off = abs(stein) > 4 * float(found["stein_stderr"])
             return Verdict.stein_residual if off else Verdict.witnesses_disagree
-    # What the mean of the Stein residual adds to the KL, beyond chance.
+    # The part of the mean Stein residual in the KL, beyond chance.
     elif abs(stein) - 3 * float(found["stein_stderr"]) > LARGEST_DIFFERENCE * abs(kl):
         return Verdict.stein_residual
     if are_apart(by_density, by_steps):
@@ -195,44 +196,21 @@ def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
 
 @eqx.filter_jit
 def _measure(certified, critic, observations, num_per_observation, key) -> dict[str, Any]:
-    """What scores say of a refined policy: the entries of a certificate."""
+    """The entries of a certificate that come from scores."""
     refined = _refined(certified)
     policy, method = refined.policy, refined.method
     length = batch_length("observations", observations)
     fractions = jnp.linspace(0, 1.5, 7)
     whole = 4  # fractions[4] == 1
 
-    def of_action(o, key):
-        action_key, metric_key = jr.split(key)
-        a, flow_action = draw_from_flow(policy, o, action_key)
-
-        def scaled_terms(fraction):
-            return method.measure.terms(policy, o, a, fraction * δ, fraction * J, flow_action)
-
-        δ, J, finite = method.measure.linearise(
-            policy, lambda a: refined.checked_displacement(o, a), a, has_aux=True
-        )
-        moved = jnp.any(δ != 0)
-        terms = jax.vmap(scaled_terms)(fractions.astype(a.dtype))
-        field = lambda a: refined.checked_displacement(o, a)[0]
-        # After other maps, too, the metric is that of the flow.
-        predicted = method.metric.cost(policy.flow_policy, o, a, field, key=metric_key)
-        gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
-        return dict(
-            terms=terms,
-            predicted=jnp.where(jnp.isfinite(predicted), predicted, 0),
-            gain=jnp.where(moved, gain, 0),
-            non_finite=~finite,
-            outside=_leaves_support(method.measure.score, a, δ),
-        )
-
     def of_observation(row):
         o, key = row
         keys = jr.split(key, num_per_observation + 1)
         keys, total_key = keys[:-1], keys[-1]
-        results = lax.map(lambda key: of_action(o, key), keys, batch_size=256)
+        of_action = lambda key: _of_action(refined, critic, o, fractions, key)
+        results = lax.map(of_action, keys, batch_size=256)
         if not isinstance(certified, AbstractSelection) and isinstance(policy, FlowPolicy):
-            # One map and no choice: the totals are those of the map.
+            # One map and no choice: the totals are the cost and the gain of the map.
             totals = results["terms"].kl[:, whole], results["gain"]
         else:
             num_choices = certified.n if isinstance(certified, AbstractSelection) else 1
@@ -248,11 +226,6 @@ def _measure(certified, critic, observations, num_per_observation, key) -> dict[
     results, (total_kls, total_gains) = lax.map(
         of_observation, (observations, jr.split(key, length)), batch_size=rows_at_once
     )
-
-    def mean_and_stderr(values):
-        # Actions of one observation are correlated; observations are not.
-        means = jnp.mean(values, axis=1) if length > 1 else values[0]
-        return jnp.mean(means, axis=0), standard_error(means)
 
     terms = results["terms"]
     kls, kl_stderrs = mean_and_stderr(terms.kl)
@@ -283,6 +256,32 @@ def _measure(certified, critic, observations, num_per_observation, key) -> dict[
     )
 
 
+def _of_action(refined, critic, o, fractions, key) -> dict[str, Any]:
+    """The contribution of one action of the policy before the map."""
+    policy, method = refined.policy, refined.method
+    action_key, metric_key = jr.split(key)
+    a, flow_action = draw_from_flow(policy, o, action_key)
+    δ, J, finite = method.measure.linearise(
+        policy, lambda a: refined.checked_displacement(o, a), a, has_aux=True
+    )
+    moved = jnp.any(δ != 0)
+
+    def scaled_terms(fraction):
+        return method.measure.terms(policy, o, a, fraction * δ, fraction * J, flow_action)
+
+    field = lambda a: refined.checked_displacement(o, a)[0]
+    # After other maps, too, the metric is the metric of the flow.
+    predicted = method.metric.cost(policy.flow_policy, o, a, field, key=metric_key)
+    gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
+    return dict(
+        terms=jax.vmap(scaled_terms)(fractions.astype(a.dtype)),
+        predicted=jnp.where(jnp.isfinite(predicted), predicted, 0),
+        gain=jnp.where(moved, gain, 0),
+        non_finite=~finite,
+        outside=_leaves_support(method.measure.score, a, δ),
+    )
+
+
 def _leaves_support(score, action, displacement) -> Array:
     """Whether an action is moved in a direction in which the actions do not vary."""
     if score.whitening is None:
@@ -297,7 +296,7 @@ def _leaves_support(score, action, displacement) -> Array:
 
 
 def _total(certified, critic, o, key) -> tuple[Scalar, Scalar]:
-    """What one action costs and gains from the flow on, or one choice among several."""
+    """The cost and the gain over the flow of one action, or of one choice among several."""
     refined = _refined(certified)
     flow, measure = refined.flow_policy, refined.method.measure
 
@@ -318,11 +317,11 @@ def _total(certified, critic, o, key) -> tuple[Scalar, Scalar]:
     chooser = lambda a: critic_value(refined, certified.critic, o, a)
     p = certified.probabilities(jax.vmap(chooser)(actions))
     tilt = p - 1 / certified.n
-    # KL(π''‖π) = KL(π''‖π') + E_π''[log π'/π], of which the last is known at every single action;
-    # under π' its mean is the KL of the map, for which there is a better estimate.
+    # KL(π''‖π) = KL(π''‖π') + E_π''[log π'/π]. The last log-ratio is known at every single action;
+    # its mean under π' is the KL of the map, for which there is a better estimate.
     log_ratio = terms.kl - terms.stein
     total_kl = certified.kl(p) + jnp.mean(terms.kl) + jnp.sum(tilt * log_ratio)
-    # Where the critic is not finite it can tell of no gain.
+    # Where the critic is not finite the gain is unknown.
     finite = jnp.isfinite(values)
     chosen = jnp.sum(jnp.where(finite, p * values, 0))
     before = jnp.where(finite, values, chosen)

@@ -1,4 +1,4 @@
-"""Certificates of any two policies, whether or not one was refined from the other."""
+"""Certificates of any two policies, also if one was not refined from the other."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Scalar
 
 from .._checks import batch_length
 from .._flows import AbstractFlowPolicy, AbstractPolicy, as_flow_policy
@@ -21,10 +21,10 @@ from .._geometry import (
     with_flow,
 )
 from .._linalg import Whitening
-from .._trees import not_known
+from .._trees import as_entries
 from ._certificate import Certificate, Verdict
 from ._executed_critic import critic_value
-from ._limits import normal_quantile, standard_error
+from ._limits import mean_and_stderr, normal_quantile, standard_error
 from ._steering import SteeredPolicy
 from ._witness import (
     absent_witness,
@@ -44,11 +44,12 @@ from ._witness import (
 )
 
 
-def certify_pair(policy, base, critic, observations, settings, key) -> Certificate:
-    """The certificate of a policy against another one."""
+def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> Certificate:
+    """The certificate of a policy against another policy."""
     num_actions, num_witnesses, level = settings
     steered = base is None
-    policy, base = _policy(policy), _policy(policy.policy if steered else base)
+    policy: Any = _policy(given)
+    base = _policy(policy.policy if steered else base)
     if policy.action_shape != base.action_shape:
         raise ValueError(
             f"`base` must draw actions of the shape of `policy`, {policy.action_shape}, but got "
@@ -82,31 +83,36 @@ def certify_pair(policy, base, critic, observations, settings, key) -> Certifica
             key=steps_key,
             **arguments,
         )
-    # A steering holds its radius for the steps that act.
+    # The radius of a steering is the KL of the steps that act.
     measured = by_steps if steered and not jnp.isnan(by_steps.kl) else by_density
     if has_densities:
         kl, kl_stderr = measured.kl, measured.kl_stderr
     else:
         kl, kl_stderr = _nearest_neighbours(policy, base, observations, density_key)
-    nan, zero = not_known(action.dtype), jnp.zeros((), action.dtype)
-    radius = jnp.asarray(policy.method.radius, action.dtype) if steered else nan
-    improvement, improvement_stderr = _mean_and_stderr(gains)
-    unknown = bool(jnp.isnan(kl))
+    radius = as_entries(policy.method.radius if steered else np.nan, action.dtype)
+    gain = mean_and_stderr(gains)
     if not finite:
         verdict = Verdict.critic_not_finite
     elif not has_densities:
         verdict = Verdict.estimated
     else:
-        gained = bool(improvement > 2 * improvement_stderr)
+        gained = bool(gain[0] > 2 * gain[1])
         verdict = _judge(measured, by_density, by_steps, radius, gained)
+    witnesses = dict(by_density=by_density, by_steps=by_steps)
+    return _certificate(verdict, (kl, kl_stderr), witnesses, radius, gains, gain, level)
+
+
+def _certificate(verdict, kl, witnesses, radius, gains, gain, level) -> Certificate:
+    """A certificate without the entries that only a transport map has, such as folds."""
+    kl, kl_stderr = kl
+    improvement, improvement_stderr = gain
+    nan, zero = as_entries(np.nan, kl.dtype), jnp.zeros_like(kl)
     return Certificate(
         verdict=verdict,
         kl=kl,
         kl_stderr=kl_stderr,
         kl_by_score=nan,
-        kl_upper=kl if unknown else kl + normal_quantile(level) * kl_stderr,
-        by_density=by_density,
-        by_steps=by_steps,
+        kl_upper=as_entries(float(kl) + normal_quantile(level) * float(kl_stderr), kl.dtype),
         kl_predicted=nan,
         radius=radius,
         folded=zero,
@@ -119,15 +125,16 @@ def certify_pair(policy, base, critic, observations, settings, key) -> Certifica
         total_improvement_stderr=improvement_stderr,
         stein=nan,
         stein_stderr=nan,
-        non_finite=zero if finite else nan,
+        non_finite=nan if verdict is Verdict.critic_not_finite else zero,
         score=PerturbedScore(),
         level=level,
         num_actions=gains.size,
-        num_observations=length,
-        fractions=jnp.ones(1, action.dtype),
-        kl_by_fraction=jax.device_put(np.asarray(kl)[None]),
-        kl_stderr_by_fraction=jax.device_put(np.asarray(kl_stderr)[None]),
+        num_observations=gains.shape[0],
+        fractions=jnp.ones_like(kl)[None],
+        kl_by_fraction=as_entries([float(kl)], kl.dtype),
+        kl_stderr_by_fraction=as_entries([float(kl_stderr)], kl.dtype),
         gains=gains.reshape(-1),
+        **witnesses,
     )
 
 
@@ -147,7 +154,7 @@ def _in_continuous_time(policy: AbstractFlowPolicy, dtype: Any) -> AbstractFlowP
 
 @eqx.filter_jit
 def _steered_log_ratios(policy, base, observations, keys, by_scores) -> LogRatios:
-    """The log-ratios that a steered policy knows of its own actions."""
+    """The log-ratios that a steered policy computes as it draws."""
 
     def one(row):
         o, key = row
@@ -159,8 +166,9 @@ def _steered_log_ratios(policy, base, observations, keys, by_scores) -> LogRatio
 
 @eqx.filter_jit
 def _gains(policy, base, critic, observations, num_per_observation, key):
-    """The gain in the critic's value at every action, and whether all of them are finite. Policies
-    that share their noise have it in common here."""
+    """The gain in the critic's value at every action, and whether all gains are finite. Both
+    policies get the same key, so that policies with the same noise are compared at the same
+    noise."""
 
     def one(o, key):
         a, b = policy.draw(o, key=key), base.draw(o, key=key)
@@ -174,12 +182,6 @@ def _gains(policy, base, critic, observations, num_per_observation, key):
     rows_at_once = max(1, 256 // num_per_observation)
     gains = lax.map(of_observation, (observations, keys), batch_size=rows_at_once)
     return gains, jnp.all(jnp.isfinite(gains))
-
-
-def _mean_and_stderr(values: Float[Array, "observations actions"]) -> tuple[Scalar, Scalar]:
-    # Actions of one observation are correlated; observations are not.
-    means = jnp.mean(values, axis=1) if values.shape[0] > 1 else values[0]
-    return jnp.mean(means), standard_error(means)
 
 
 def _judge(
@@ -204,7 +206,7 @@ def _judge(
 @eqx.filter_jit
 def _nearest_neighbours(policy, base, observations, key) -> tuple[Scalar, Scalar]:
     r"""The KL at each of some observations, from the distances of the actions of a policy to their
-    nearest neighbours among its own and among those of the base.
+    nearest neighbours among other actions of the policy and among actions of the base.
 
     ??? cite "Reference"
 

@@ -34,9 +34,9 @@ class RefinementChain(eqx.Module):
     """The policy after the last step; the unrefined policy if no step was taken."""
 
     certificates: tuple[Certificate, ...]
-    """What was measured after every step that was taken, on observations kept from it. In each,
-    `kl`, like `total_kl`, is the KL from the flow underneath, `radius` what this step was to bring
-    it to, and `improvement` the gain of this step alone."""
+    """The certificate of every step that was taken, on `held_out` observations. In each, `kl`, like
+    `total_kl`, is the KL from the flow underneath, `radius` is the KL that this step was to reach,
+    and `improvement` is the gain of this step alone. They are measured by scores alone."""
 
     start: Certificate | None
     """The certificate of the policy that the chain started from, if that was refined already."""
@@ -121,23 +121,22 @@ def refine_chain(
     r"""Spends a KL in several refinements, each of the policy that the one before it made.
 
     A long correction is better made of short ones: each finds its direction anew where the one
-    before it ended. The KL is held where it matters, between the whole chain and
-    the flow underneath. Distances of policies, not KLs, add up along a line, and to second order a
-    distance is the root of a KL; so step $i$ of $n$ brings the KL from a flow to
-    $\epsilon\, (i / n)^2$, and from a policy that has spent some already in equal distances from
-    there.
+    before it ended. The KL is bounded where it matters, between the whole chain and the flow
+    underneath. Distances of policies, not KLs, add up along a line, and to second order a distance
+    is the root of a KL. So step $i$ of $n$ brings the KL from a flow to $\epsilon\, (i / n)^2$. If
+    the policy has spent some KL already, the steps divide the rest of the distance equally.
 
     The chain ends early at a step whose certificate shows no gain: that step is not taken. This is
     decided by what is measured, so a chain cannot be made inside `jax.jit`.
 
     **Arguments:**
 
-    - `policy`: the flow policy, as for [`fisher_flow.refine`][]. What a refined policy has spent
-        already counts.
-    - `critic`: called as `critic(observation, action)`; returns a scalar, of which more is better.
-    - `method`: how each step is made. Its radius $\epsilon$ is that of the whole chain, and so is
-        the share of actions that may fold. Where the maps before a step fold at more of them, on
-        the actions that settle it, it may add none.
+    - `policy`: the flow policy, as for [`fisher_flow.refine`][]. The KL that a refined policy has
+        spent already counts.
+    - `critic`: called as `critic(observation, action)`; returns a scalar; more is better.
+    - `method`: how each step is made. Its radius $\epsilon$ and its share of actions that may fold
+        hold for the whole chain. Where the maps before a step fold at more of the actions that
+        settle it, the step may not add folds.
 
     **Other arguments:**
 

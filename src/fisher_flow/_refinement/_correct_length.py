@@ -11,7 +11,7 @@ from ._refined_policy import RefinedPolicy
 from ._witness import is_normalised, is_vague, witnesses
 
 
-# A sampler whose KL is larger than that of its flow by more than this factor is not the flow.
+# A sampler whose KL is larger than the KL of its flow by more than this factor is not the flow.
 MOST_APART = 1.3
 
 
@@ -21,12 +21,14 @@ def correct_length(
     """Makes the displacement of a refined policy shorter or longer until the KL by densities meets
     the radius.
 
-    The length was settled by scores, which are read off a learned velocity and are not quite those
-    of its flow. Densities are. The larger of two KLs meets the radius: that of the flow, and that of
-    what the steps of its sampler make, unless these are another policy altogether. Nothing is done inside `jax.jit`, after other maps, and where the
-    densities are not known well.
+    The length was settled by scores. A score that is read off a learned velocity is not quite the
+    score of its flow; the densities are exact. There are two KLs by densities: the KL of the flow,
+    and the KL of the steps of its sampler. The larger one meets the radius, unless the steps differ
+    so much from the flow that they are another policy. Nothing is done inside `jax.jit`, after
+    other maps, and where the densities are not known well.
     """
-    method, reached = refined.method, refined.reached
+    method: Any = refined.method
+    reached = refined.reached
     leaves = jax.tree.leaves(eqx.filter((refined, observations), eqx.is_array))
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     if traced or reached is None or refined.policy is not refined.flow_policy:
@@ -42,16 +44,17 @@ def correct_length(
         if unknown or is_vague(witness) or not is_normalised(witness):
             return refined
         kl = float(witness.kl)
-        # Folds may forbid more; and a map that folds little may fold much when it is longer.
+        # Folds may forbid a longer map, and a map that folds little may fold much when longer.
         longest = 1.0 if bool(reached.limited) else 1.1
         factor = min((radius / kl) ** 0.5, longest)
         if abs(factor - 1) < 0.01:
             return refined
         reached = Reached(jnp.asarray(kl * factor**2, reached.kl.dtype), reached.limited)
-        scale = factor * refined.displacement_field.scale
-        refined = eqx.tree_at(_scale_and_reached, refined, (scale, reached))
+        scale, _ = _scale_and_reached(refined)
+        refined = eqx.tree_at(_scale_and_reached, refined, (factor * scale, reached))
     return refined
 
 
 def _scale_and_reached(refined: RefinedPolicy) -> tuple[Any, Any]:
-    return refined.displacement_field.scale, refined.reached
+    displacement: Any = refined.displacement_field
+    return displacement.scale, refined.reached

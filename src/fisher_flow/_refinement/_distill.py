@@ -49,13 +49,13 @@ def distill(
 
     **Arguments:**
 
-    - `policy`: the flow policy to distil. A choice among several actions is no function of one
+    - `policy`: the flow policy to distil. A choice among several actions is not a function of one
         noise: [`fisher_flow.absorb`][] it first.
     - `observations`: the observations to learn at, any PyTree of arrays with a leading axis.
 
     **Other arguments:**
 
-    - `critic`: by which the loss is judged; by default that of the policy.
+    - `critic`: by which the loss is judged; by default the critic of the policy.
     - `network`: called as `network(observation, noise)` for one sample; returns an action. By
         default a multilayer perceptron of `depth` hidden layers of `width_size` units.
     - `encoder`: what that perceptron, if there is one, sees images through, such as
@@ -94,7 +94,7 @@ def distill(
     if isinstance(policy, AbstractSelection):
         raise ValueError(
             "`policy` must be a flow policy, refined or not, but got a "
-            f"`{type(policy).__name__}`, whose action is no function of one noise. Write "
+            f"`{type(policy).__name__}`, whose action is not a function of one noise. Write "
             "`policy=absorb(policy, observations, key=key).policy`."
         )
     policy = as_flow_policy(policy)
@@ -109,7 +109,7 @@ def distill(
     ):
         check_positive_integer(name, value, example)
     check_at_least("learning_rate", learning_rate, 0, 1e-3)
-    # An array, so that another rate is no reason to compile again.
+    # An array, so that another rate does not compile again.
     learning_rate = jnp.asarray(learning_rate)
     row_key, noise_key, network_key, train_key, measure_key = jr.split(key, 5)
     o = random_rows(observations, num_samples, key=row_key)
@@ -130,9 +130,9 @@ def distill(
             "distill(policy, observations, encoder=fisher_flow.ImpalaEncoder(), key=key)",
         )
         network = ActionMLP(observation, action, width_size, depth, encoder=encode, key=network_key)
-    original = network
-    network = in_full_precision(network)
-    student = OneStepPolicy(network, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
+    original: Any = network
+    lifted: Any = in_full_precision(network)
+    student = OneStepPolicy(lifted, policy.action_shape, bounds=policy.bounds, dtype=a.dtype)
     parameters = eqx.filter(student, eqx.is_inexact_array)
     if len(jax.tree.leaves(parameters)) == 0:
         raise ValueError(

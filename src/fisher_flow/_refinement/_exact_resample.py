@@ -19,17 +19,17 @@ class ExactResample(AbstractPolicy):
 
     $$p_i \propto \exp\bigl(k\, Q(a_i) - r_i\bigr), \qquad r_i = \log \frac{q}{p}(a_i),$$
 
-    the weight that turns actions of the steered policy $q$ into those of the best policy
+    the weight that turns actions of the steered policy $q$ into actions of the best policy
     $\pi^* \propto p \exp(k Q)$ at the inverse temperature $k$. A choice by the critic alone prefers
-    what the steering has overshot; this one takes it back. As `n` grows it becomes $\pi^*$ itself,
-    whatever the steering.
+    actions that the steering has moved too far; this weight takes that back. As `n` grows the
+    result becomes $\pi^*$ itself, whatever the steering.
 
     The KL from the policy underneath is at most
 
     $$\mathbb E\Bigl[\sum_i p_i \bigl(\log(n\, p_i) + r_i\bigr)\Bigr],$$
 
-    since the choice is a function of the $n$ actions and an index, and those differ from $n$
-    actions of $q$ and an index that is uniform by $\log(n p_i)$.
+    since the choice is a function of the $n$ actions and an index. The difference between them and
+    $n$ actions of $q$ with a uniform index is $\log(n p_i)$ nats.
     """
 
     policy: SteeredPolicy
@@ -50,8 +50,8 @@ class ExactResample(AbstractPolicy):
         - `critic`: called as `critic(observation, action)`; returns a scalar. An action at which
             it is not finite is never preferred.
         - `n`: the number of actions to choose from.
-        - `inverse_temperature`: the factor $k$. By default the strength of the steering; of a
-            guidance without a critic it must be given.
+        - `inverse_temperature`: the factor $k$. By default it is the strength of the steering. It
+            must be given for a guidance without a critic.
 
         **Raises:**
 
@@ -92,12 +92,12 @@ class ExactResample(AbstractPolicy):
 
         - `observation`: one observation, any PyTree of arrays.
         - `values`: the values of the critic.
-        - `log_ratios`: those of the actions.
+        - `log_ratios`: the log-ratios of the actions.
 
         **Returns:**
 
-        One number an action. It is minus infinity where the value or the log-ratio is not finite,
-        unless that is so everywhere: then all are zero.
+        One number for each action. It is minus infinity where the value or the log-ratio is not
+        finite. If that is so everywhere, all of them are zero.
         """
         k = self.inverse_temperature
         k = self.policy.velocity_field.strength_at(observation) if k is None else k
@@ -106,7 +106,8 @@ class ExactResample(AbstractPolicy):
         return jnp.where(usable, log_w, jnp.where(jnp.any(usable), -jnp.inf, 0))
 
     def draw_and_kl(self, observation: Observation, *, key: PRNGKeyArray) -> tuple[Action, Scalar]:
-        """Draws an action before its bounds, and what this choice adds to the bound on the KL.
+        """Draws an action before its bounds, and tells what this choice adds to the bound on the
+        KL.
 
         **Arguments:**
 
@@ -134,10 +135,10 @@ class ExactResample(AbstractPolicy):
         self, observation: Observation, *, num_actions: int = 256, key: PRNGKeyArray
     ) -> Scalar:
         r"""How near the steered policy is to the best policy at this temperature: the effective
-        share of a sample of it, $(\sum_i w_i)^2 / (m \sum_i w_i^2)$.
+        share of a sample of actions, $(\sum_i w_i)^2 / (m \sum_i w_i^2)$.
 
         It is 1 if the steering is the best one, and $1 / (1 + \chi^2(\pi^* \,\|\, q))$ in the limit
-        of many actions. It is a certificate of optimality: nothing in it refers to another method.
+        of many actions. It is a certificate of optimality: it does not refer to another method.
 
         **Arguments:**
 

@@ -29,9 +29,9 @@ def critic_gradient(
 ) -> Action:
     """The gradient of the critic in the action, at the action that would be executed.
 
-    It is not multiplied by the derivative of the clipping. Actions beyond a bound are thereby
-    pushed back just as those at the bound are, and the field of displacements stays continuous.
-    Squashing is smooth and one-to-one, so there the chain rule holds.
+    It is not multiplied by the derivative of the clipping. So actions beyond a bound are pushed
+    back just as actions at the bound are, and the field of displacements stays continuous.
+    Squashing is smooth and one-to-one, so the chain rule is applied to it.
     """
     if isinstance(policy.bounds, TanhBounds):
         return jax.grad(lambda a: critic_value(policy, critic, observation, a))(action)

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
@@ -12,7 +13,7 @@ from .._checks import batch_length
 from .._custom_types import Critic
 from .._flows import AbstractFlowPolicy, AbstractPolicy, OneStepPolicy
 from .._linalg import dense_limit, value_and_jacobian
-from .._trees import not_known
+from .._trees import as_entries
 from ._executed_critic import check_critic, critic_value
 from ._selections import flow_underneath
 
@@ -34,8 +35,8 @@ class Fidelity(eqx.Module):
 
     distance: Scalar
     """The root mean square distance between the actions that the two make of the same noise, before
-    the bounds, over that of two actions of the original. Zero is perfect. NaN unless the fitted
-    policy follows the noise, as a one-step policy does."""
+    the bounds, over the distance of two actions of the original. Zero is perfect. NaN unless the
+    fitted policy follows the noise, as a one-step policy does."""
 
     energy: Scalar
     r"""The energy coefficient of the two distributions, from 0 (the same) to 1:
@@ -51,8 +52,8 @@ class Fidelity(eqx.Module):
     """Its standard error."""
 
     lost: Scalar
-    """How much lower the critic's value of the fitted policy is than that of the original, within
-    the bounds."""
+    """How much lower the critic's value is for the fitted policy than for the original, within the
+    bounds."""
 
     lost_stderr: Scalar
     """Its standard error."""
@@ -91,7 +92,7 @@ class Refit(NamedTuple):
 
 
 def critic_of(policy: AbstractPolicy, critic: Critic | None, observations: PyTree[Any]) -> Critic:
-    """The critic to judge by: the one that is given, or by which the policy was made."""
+    """The critic to judge by: the one that is given, or the one that the policy was made with."""
     batch_length("observations", observations)
     chosen: Any = getattr(policy, "critic", None) if critic is None else critic
     if chosen is None:
@@ -108,7 +109,7 @@ def critic_of(policy: AbstractPolicy, critic: Critic | None, observations: PyTre
 
 
 def checked_held_out(held_out: PyTree[Any] | None, observations: PyTree[Any]) -> PyTree[Any]:
-    """The observations to measure at: those that are given, or else those to learn at."""
+    """The observations to measure at: the given ones, or otherwise the ones to learn at."""
     if held_out is None:
         return observations
     batch_length("held_out", held_out)
@@ -139,8 +140,8 @@ def measure_fidelity(
     - `original`, `fitted`: the two policies.
     - `critic`: called as `critic(observation, action)`; the judge of the gain.
     - `observations`: a batch of observations.
-    - `num_observations`: how many of them are used, chosen at random; if there are fewer, all of
-        them, as often as another.
+    - `num_observations`: how many of them are used, chosen at random. If there are fewer, all of
+        them are used, each about as often.
     - `num_actions`: the number of actions drawn from each policy at each of them; at least two.
     - `key`: a `jax.random.key`.
     """
@@ -161,7 +162,7 @@ def measure_fidelity(
     }
     for name in [name for name, is_absent in absent.items() if is_absent]:
         for entry in {name, f"{name}_stderr"} & set(measured):
-            measured[entry] = not_known(measured[entry].dtype)
+            measured[entry] = as_entries(np.nan, measured[entry].dtype)
     return Fidelity(
         **measured, num_actions=num_observations * num_actions, num_observations=num_observations
     )
@@ -224,9 +225,9 @@ def _measure(
 def _log_ratio(original, fitted, o, key) -> Scalar:
     """log(original / fitted) at an action of the original.
 
-    The density of the original is that of its sampler, steps and all, from the Jacobian of the map
-    that takes noise to the action; with the density in continuous time, what the steps of the
-    sampler distort would be held against the fitted policy.
+    The density of the original is the density of its sampler with its steps, from the Jacobian of
+    the map that takes noise to the action. With the density in continuous time, the errors of the
+    steps would count as errors of the fitted policy.
     """
     flow = original.flow_policy
     flow = eqx.tree_at(lambda flow: flow.adjoint, flow, diffrax.ForwardMode())

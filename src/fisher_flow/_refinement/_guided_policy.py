@@ -58,23 +58,26 @@ class ClassifierFree(eqx.Module):
     conditional: Callable[[Scalar, Any, Any], Any]
     unconditional: Callable[[Scalar, Any, Any], Any]
 
-    def __init__(
-        self,
-        conditional: Callable[[Scalar, Any, Any], Any],
-        unconditional: Callable[[Scalar, Any, Any], Any],
-    ):
-        """**Arguments:**
-
-        - `conditional`: called as `conditional(t, x, observation)`: the velocity of a flow of what
-            is wanted, such as actions of a high return.
-        - `unconditional`: the same of the flow that is guided.
-        """
-        self.conditional = conditional
-        self.unconditional = unconditional
+    def __check_init__(self):
+        for name in ("conditional", "unconditional"):
+            field = getattr(self, name)
+            if not callable(field) or isinstance(field, type):
+                raise ValueError(
+                    f"`{name}` must be a function `{name}(t, x, observation)`, but got "
+                    f"`{field!r}`. Write `{name}=policy.velocity`."
+                )
 
     def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
         """The difference of the two velocities, like `x`."""
         return self.conditional(t, x, observation) - self.unconditional(t, x, observation)
+
+
+ClassifierFree.__init__.__doc__ = """**Arguments:**
+
+- `conditional`: called as `conditional(t, x, observation)`; the velocity of a flow to the actions
+    that are wanted, such as actions of a high return.
+- `unconditional`: called in the same way; the velocity of the flow that is guided.
+"""
 
 
 def guide(
@@ -90,7 +93,7 @@ def guide(
     num_calibration: int = 2048,
     key: PRNGKeyArray | None = None,
 ) -> SteeredPolicy:
-    r"""Steers a flow by any field, with a weight of its own or one that spends a KL in nats.
+    r"""Steers a flow by any field, with a weight that is given or one that spends a KL in nats.
 
     $$u(t, x) = v(t, x) + w\, \Delta(t, x, o).$$
 
@@ -118,7 +121,7 @@ def guide(
 
     - `policy`: the flow policy.
     - `field`: called as `field(t, x, observation)`; returns an array like `x`. Where it is not
-        finite, nothing is added. It is asked at times between 0.02 and 0.999.
+        finite, nothing is added. It is called at times between 0.02 and 0.999.
     - `radius`: the KL to spend, in nats; or
     - `weight`: the weight $w$. One of the two must be given.
 
@@ -126,7 +129,7 @@ def guide(
 
     - `observations`: the observations over which the radius is a mean, any PyTree of arrays with a
         leading axis. Without them the weight is settled at every observation.
-    - `log_ratio`, `max_unknown`, `num_auxiliary`, `num_calibration`: as of
+    - `log_ratio`, `max_unknown`, `num_auxiliary`, `num_calibration`: as for
         [`fisher_flow.Steering`][].
     - `key`: a `jax.random.key`. The same key gives the same policy; so does none.
 
@@ -136,7 +139,8 @@ def guide(
 
     **Raises:**
 
-    - `ValueError` if an argument is not of its kind, or not one of `radius` and `weight` is given.
+    - `ValueError` if an argument is not of its kind, or unless one of `radius` and `weight` is
+        given.
     """
     policy = as_flow_policy(policy)
     if not callable(field) or isinstance(field, type):
@@ -165,7 +169,7 @@ def guide(
     check_at_least("radius", radius, 0, 0.5)
     if observations is not None:
         batch_length("observations", observations)
-    # Arrays, so that another radius is no reason to compile again.
+    # Arrays, so that another radius does not compile again.
     radius, max_unknown = jnp.asarray(radius), jnp.asarray(max_unknown)
     method = Guided(radius, log_ratio, max_unknown, num_auxiliary, num_calibration)
     key = jr.key(0) if key is None else key

@@ -1,4 +1,4 @@
-"""Confidence limits."""
+"""Standard errors and confidence limits."""
 
 import math
 
@@ -6,6 +6,13 @@ import jax.numpy as jnp
 import jax.scipy.special
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
+
+
+def mean_and_stderr(values: Float[Array, "observations actions ..."]) -> tuple[Array, Array]:
+    """The mean of values at several actions of several observations, and its standard error."""
+    # Actions of one observation are correlated; observations are not.
+    means = jnp.mean(values, axis=1) if values.shape[0] > 1 else values[0]
+    return jnp.mean(means, axis=0), standard_error(means)
 
 
 def normal_quantile(level: float) -> float:
@@ -22,8 +29,8 @@ def standard_error(values: Float[Array, "num ..."]) -> Float[Array, "..."]:
 
 
 def binomial_limit(count: int, num: int, level: float) -> float:
-    """The upper confidence limit of a share of which `count` in `num` were seen, exact for
-    independent draws.
+    """The upper confidence limit of a share, after `count` in `num` draws; exact for independent
+    draws.
 
     ??? cite "Reference"
 

@@ -16,7 +16,8 @@ OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def over_batch(observations: PyTree[Any]) -> OverRows:
-    """Over the rows of a batch of observations, a few hundred at a time to bound the memory."""
+    """Maps over the rows of a batch of observations, a few hundred at a time to bound the
+    memory."""
 
     def over_rows(function):
         def mapped(*columns):

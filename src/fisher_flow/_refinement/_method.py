@@ -12,14 +12,16 @@ from .._geometry import AbstractCost, AbstractMetric, TransportKL
 
 
 class Reached(eqx.Module):
-    """What the calibration of a refinement reached, on the actions that settled its length."""
+    """The KL that a refinement met, on the actions that settled its length."""
 
     kl: Scalar
-    """The KL in nats: the radius, within one part in a hundred, unless something forbade it."""
+    """The KL in nats: the radius, within about one part in a hundred, unless something forbade
+    it."""
 
     limited: Bool[Array, ""]
-    """Whether the KL stays below the radius, by more than one part in twenty: a longer displacement
-    folds at too many actions, its KL cannot be measured, or the critic has no gradient."""
+    """Whether the KL stays below the radius by more than one part in twenty. Then a longer
+    displacement folds at too many actions, or its KL cannot be measured, or the critic has no
+    gradient."""
 
 
 class AbstractDisplacement(eqx.Module):
@@ -84,7 +86,7 @@ class AbstractTransport(AbstractRefinement):
 
 
 def check_method(metric: Any, cls: type, radius: Any, measure: Any, example: str) -> None:
-    """Checks what all methods have in common."""
+    """Checks the arguments that all methods have."""
     check_instance("metric", metric, cls, example)
     check_at_least("radius", radius, 0, 0.5)
     if measure is not None:
@@ -92,7 +94,7 @@ def check_method(metric: Any, cls: type, radius: Any, measure: Any, example: str
 
 
 def measure_by(metric: AbstractCost) -> TransportKL:
-    """The measured KL is held to the estimate of the score that the metric uses, if it uses one."""
+    """The KL is measured by the score that the metric uses, if it uses one."""
     return TransportKL() if metric.score is None else TransportKL(metric.score)
 
 

@@ -43,7 +43,8 @@ class NaturalStep(AbstractTransport):
     $$\delta(a) = \eta\, \bigl(G(a) + \lambda \bar g I\bigr)^{-1} \nabla_a Q(o, a),$$
 
     where $G$ is the metric, $\bar g$ its mean eigenvalue over actions of the policy and $\lambda$
-    the damping. Among the steps of one cost it is, to first order, the one that gains most.
+    the damping. With a calibrated score the identity is the one of coordinates in which the actions
+    have covariance one. Among the steps of one cost it is, to first order, the one that gains most.
 
     The step is then as long as the *measured* KL allows: $\eta$ starts from the length at which
     the damped quadratic cost equals the radius,
@@ -128,14 +129,14 @@ NaturalStep.__init__.__doc__ = r"""**Arguments:**
     before it ended. Several follow the critic around curves and fold less; sampling costs
     as many times more.
 - `max_folded`: the share of actions at which the transport map may fold. If maps before it
-    fold at more of them already, this one may add none.
+    fold at more actions already, this map may not add folds.
 - `num_auxiliary`: without observations, the number of actions drawn at a state to settle
     the length of the step there.
 - `num_calibration`: with observations, the number of actions drawn to settle it once.
-- `num_witnesses`: with observations, the number of actions on which the KL is then measured anew by
-    densities, as `certify` does, and the length corrected; 0 for none.
+- `num_witnesses`: with observations, the number of actions on which the KL is then measured again
+    by densities, as `certify` does, to correct the length. With 0 the length is not corrected.
 - `solver`: any Lineax solver for symmetric positive definite operators. Actions of more
-    than 32 entries need none: `ObservedInformation` solves in its own small space.
+    than 32 entries do not need it: `ObservedInformation` solves them in a small space.
 - `measure`: how the KL is measured. By default with the score of the metric.
 
 **Raises:**
@@ -172,8 +173,9 @@ class _CalibratedStep(AbstractDisplacement):
         # A metric may not be zero, as at a score of zero.
         floor = jnp.asarray(jnp.finfo(action.dtype).tiny, action.dtype) ** 0.5
         damping = jnp.maximum(damping.astype(action.dtype), floor)
-        # After other maps, too, the metric is that of the flow: as a preconditioner it need not be
-        # exact, and the curvature of a refined density costs derivatives of ever higher order.
+        # After other maps, too, the metric is the metric of the flow: as a preconditioner it need
+        # not be exact, and the curvature of a refined density costs derivatives of ever higher
+        # order.
         G = self.method.metric.operator(
             policy.flow_policy, observation, action, key=jr.wrap_key_data(self.key_data)
         )

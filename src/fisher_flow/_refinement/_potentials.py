@@ -73,31 +73,37 @@ class TiltedAction(AbstractPotential):
         = v(t, x') - v(t, x) - \frac{\dot\sigma}{\sigma} (x' - x).$$
 
     Nothing is linearised in $x$: $\hat x_1(t, x')$ stays among the actions, where a step along the
-    Jacobian overshoots between modes. The slope of a critic that is not linear is taken over the
-    width of the posterior, whose deviation along $g$ is
-    $u = C g / \sqrt{g^\top C g}$, with its covariance $C = (\sigma^2 / \alpha) \nabla \hat x_1$:
-    the mean of the gradients at $\hat x_1 \pm u$, corrected along $u$ such that it gives the
-    difference of their values. At two modes of equal weight these two points are the modes.
+    Jacobian overshoots between modes. If the critic is not linear, its slope is taken over the
+    width of the posterior. The posterior has the covariance
+    $C = (\sigma^2 / \alpha) \nabla \hat x_1$, and along $g$ its deviation is
+    $u = C g / \sqrt{g^\top C g}$. The slope is the gradient at $\hat x_1$, corrected along $u$ such
+    that it gives the difference of the values at $\hat x_1 \pm u$. If there are two modes of equal
+    weight, these two points are the modes.
 
-    It costs two velocities and a product with the Jacobian of one of them, and three gradients of
-    the critic.
+    It costs two velocities and a product with the Jacobian of one of them, and a gradient and two
+    values of the critic.
     """
 
     sigma_points: bool = eqx.field(static=True)
+    averaged: bool = eqx.field(static=True)
     reach: ScalarLike
 
-    def __init__(self, sigma_points: bool = True, reach: ScalarLike = 2.0):
+    def __init__(self, sigma_points: bool = True, averaged: bool = False, reach: ScalarLike = 2.0):
         r"""**Arguments:**
 
         - `sigma_points`: whether the slope of the critic is taken over the width of the posterior.
             Otherwise it is the gradient at $\hat x_1$; that is cheaper, exact for linear critics
             too, and blind to what lies between far modes.
+        - `averaged`: whether the mean of the gradients at $\hat x_1 \pm u$ takes the place of the
+            gradient at $\hat x_1$. It costs two gradients more, and is better for critics that are
+            rough.
         - `reach`: the farthest that $x'$ may lie from $x$, in root mean square over the entries
             and in units of $\sigma$. A learned velocity knows nothing beyond; from there on the
             difference is continued linearly.
         """
         check_at_least("reach", reach, 0, 2.0)
         self.sigma_points = bool(sigma_points)
+        self.averaged = bool(averaged)
         self.reach = reach
 
     def __call__(
@@ -118,7 +124,7 @@ class TiltedAction(AbstractPotential):
         if self.sigma_points:
             y, push, v = jax.linearize(projected, x, has_aux=True)
             _, g = critic(y)
-            g = _sigma_slope(critic, y, g, σ**2 / α * push(g))
+            g = _sigma_slope(critic, y, g, σ**2 / α * push(g), self.averaged)
         else:
             y, v = projected(x)
             _, g = critic(y)
@@ -160,7 +166,7 @@ class ProjectedAction(AbstractPotential):
     def __init__(self, jacobian: bool = True):
         r"""**Arguments:**
 
-        - `jacobian`: whether the Jacobian of $\hat x_1$ is that of the flow. Otherwise it is
+        - `jacobian`: whether the Jacobian of $\hat x_1$ is computed from the flow. Otherwise it is
             taken to be $\alpha$, which needs no derivative of the velocity.
         """
         self.jacobian = bool(jacobian)
@@ -250,21 +256,14 @@ class TimeWeighted(AbstractPotential):
     potential: AbstractPotential
     weight: Callable[[Scalar], Any]
 
-    def __init__(self, potential: AbstractPotential, weight: Callable[[Scalar], Any]):
-        """**Arguments:**
-
-        - `potential`: the potential.
-        - `weight`: a function of time to a positive number, by which the strength is multiplied;
-            for example `lambda t: t`.
-        """
-        check_instance("potential", potential, AbstractPotential, "fisher_flow.TiltedAction()")
-        if not callable(weight):
+    def __check_init__(self):
+        example = "fisher_flow.TiltedAction()"
+        check_instance("potential", self.potential, AbstractPotential, example)
+        if not callable(self.weight):
             raise ValueError(
-                f"`weight` must be a function of time, but got `{weight!r}`. Write "
+                f"`weight` must be a function of time, but got `{self.weight!r}`. Write "
                 "`weight=lambda t: t`."
             )
-        self.potential = potential
-        self.weight = weight
 
     def __call__(
         self,
@@ -279,6 +278,14 @@ class TimeWeighted(AbstractPotential):
         return self.potential(path, velocity, critic, t, x, weight * strength)
 
 
+TimeWeighted.__init__.__doc__ = """**Arguments:**
+
+- `potential`: the potential.
+- `weight`: a function of time to a positive number, by which the strength is multiplied;
+    for example `lambda t: t`.
+"""
+
+
 def _projected_action(path, t, x, v) -> Action:
     """The posterior mean of the action, from the velocity."""
     α, σ, α_dot, σ_dot = path.schedule(t)
@@ -291,14 +298,14 @@ def _diffusivity(path, t) -> Scalar:
     return σ * (α_dot * σ - α * σ_dot) / α
 
 
-def _sigma_slope(critic, y, g, spread) -> Action:
+def _sigma_slope(critic, y, g, spread, averaged) -> Action:
     """The slope of the critic over one deviation of the posterior to either side."""
     variance = jnp.vdot(g, spread)
     # The Jacobian of a learned velocity need not be positive: then the width is taken as zero.
     wide = variance > 0
-    u = jnp.where(wide, spread / jnp.sqrt(jnp.where(wide, variance, 1)), 0)
+    u: Any = jnp.where(wide, spread / jnp.sqrt(jnp.where(wide, variance, 1)), 0)
     (up, g_up), (down, g_down) = critic(y + u), critic(y - u)
-    mean = 0.5 * (g_up + g_down)
+    mean = 0.5 * (g_up + g_down) if averaged else g
     squared = jnp.sum(u**2)
     # Where the points are close, the difference of their values is rounding.
     ε = jnp.sqrt(jnp.finfo(y.dtype).eps)

@@ -25,7 +25,7 @@ def scale_to_radius(
 
     Brackets the root of $\sqrt{\mathrm{KL}(c)} - \sqrt{\epsilon}$ and closes the bracket by false
     position, every third step by bisection. The root of the KL is nearly linear in the scale, so
-    a handful of measurements do.
+    a few measurements are enough.
 
     **Arguments:**
 
@@ -34,14 +34,15 @@ def scale_to_radius(
     - `initial`: the first scale to try.
     - `max_folded`: a scale at which more of the actions are folded is too large.
     - `after_others`: whether other maps come before this one. Then a scale of zero is measured
-        first: what they have spent counts, and what they have folded no scale can unfold, so as
-        many folds are allowed.
+        first: the KL that they have spent counts. No scale can undo their folds, so this many folds
+        are allowed.
     - `max_growth`: no scale beyond this multiple of `initial` is tried.
 
     **Returns:**
 
-    - The scale. It is zero if none will do, as when the measured KL is not finite, and if the KL
-        does not reach the radius however far the actions move: then the score cannot be trusted.
+    - The scale. It is zero if no scale is allowed, as when the measured KL is not finite. It is
+        also zero if the KL stays below the radius however far the actions move: then the score
+        cannot be trusted.
     - The KL measured there.
     """
     radius = jnp.asarray(radius, initial.dtype)
@@ -60,10 +61,10 @@ def scale_to_radius(
         folded = folded.astype(initial.dtype)
         bound = jnp.where(scale > 0, bound, jnp.maximum(bound, folded))
         root_zero = jnp.where(scale > 0, root_zero, jnp.sqrt(jnp.maximum(kl, 0)))
-        # No KL is negative: one that is measured so far below zero lies where the estimate fails,
-        # and so does one that is not a number.
+        # A KL is not negative: where it is measured far below zero, or is not a number, the
+        # estimate fails.
         allowed = (kl <= radius) & (kl >= -0.1 * radius) & (folded <= bound)
-        # What folds or fails is beyond the radius by an unknown amount.
+        # A scale that folds or fails is beyond the radius by an unknown amount.
         kl_beyond = jnp.where((kl > radius) & (folded <= bound), kl, jnp.inf)
         low, kl_low = jnp.where(allowed, scale, low), jnp.where(allowed, kl, kl_low)
         high, kl_high = jnp.where(allowed, high, scale), jnp.where(allowed, kl_high, kl_beyond)

@@ -52,8 +52,8 @@ def refine(
         `velocity(t, x, observation)`, an `action_shape` and, if it is not linear, a `path`. It is
         not modified. The actions of a policy in bfloat16 or float16 are refined, and returned, in
         float32, from the same parameters.
-    - `critic`: called as `critic(observation, action)` for one sample; returns a scalar, of which
-        more is better. Any differentiable function.
+    - `critic`: called as `critic(observation, action)` for one sample; returns a scalar;
+        more is better. It may be any differentiable function.
     - `method`: how to refine: [`fisher_flow.NaturalStep`][] and [`fisher_flow.Steering`][], which
         need no training, or [`fisher_flow.Residual`][], which trains a network.
 
@@ -70,14 +70,13 @@ def refine(
     **Returns:**
 
     A [`fisher_flow.RefinedPolicy`][], or by `Steering` a [`fisher_flow.SteeredPolicy`][]. Its
-    actions with a radius of zero are those of the base policy, bit for bit. `refined.reached` tells
-    the KL that was met, and whether something forbade more; it is `None` where the length is
-    settled anew at every observation.
+    actions with a radius of zero are the actions of the base policy, bit for bit. `refined.reached`
+    tells the KL that was met, and whether something forbade more ([`fisher_flow.Reached`][]). It is
+    `None` where the length is settled anew at every observation.
 
     **Raises:**
 
     - `ValueError` if an argument is not of its kind; the message ends with what to write instead.
-    - `FloatingPointError` if the training of a `Residual` ends in NaN.
 
     ??? cite "Reference"
 
@@ -102,7 +101,7 @@ def refine(
             "observations=observations, actions=actions)`."
         )
     calibration_key, fit_key = jr.split(jr.key(0) if key is None else key)
-    # Arrays, so that another radius is no reason to compile again.
+    # Arrays, so that another radius does not compile again.
     method = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, method)
     if actions is not None:
         check_equal_lengths(observations=observations, actions=actions)

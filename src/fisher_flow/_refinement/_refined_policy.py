@@ -106,7 +106,7 @@ class RefinedPolicy(AbstractFlowPolicy):
     def checked_displacement(
         self, observation: Observation, action: Action
     ) -> tuple[Action, Scalar]:
-        """The displacement, and whether all that it came from was finite."""
+        """The displacement, and whether it and the gradient of the critic are finite."""
         g = critic_gradient(self.policy, self.critic, observation, action)
         δ = self.displacement_field(self.policy, self.critic, observation, action)
         δ, finite = finite_or_zero(jnp.asarray(δ, action.dtype))

@@ -50,14 +50,15 @@ class Residual(AbstractTransport):
     scaled so that the measured KL meets the radius.
     No gradient reaches the policy or the critic.
 
-    Its gain is that of the whole field: where [`fisher_flow.NaturalStep`][] solves for each action
-    alone, a network can trade the divergence at one action against that at another.
+    Its gain is the gain of the whole field: where [`fisher_flow.NaturalStep`][] solves for each
+    action alone, a network can trade the divergence at one action against the divergence at
+    another.
 
     ??? cite "Reference"
 
         Section 4 of the paper, whose cost is
-        `ScoreOuterProduct(score=PaperScore(time=0.8))`. Taking the gradient norm for the scale of
-        the critic, the dual variable from the measured KL, and the final scale are ours.
+        `ScoreOuterProduct(score=PaperScore(time=0.8))`. The paper does not have the scale of the
+        critic by its gradient norm, the dual variable from the measured KL, and the final scale.
 
         ```bibtex
         @article{cheng2026fisher,
@@ -118,7 +119,7 @@ class Residual(AbstractTransport):
             raise ValueError(
                 "`observations` must be given to train a `Residual`, but got `None`. Write "
                 "`refine(policy, critic, Residual(), observations=observations)` with the "
-                "observations of the data, or use `NaturalStep()`, which needs none."
+                "observations of the data, or use `NaturalStep()`, which does not need them."
             )
         network_key, scale_key, train_key, calibration_key = jr.split(key, 4)
         observations = jax.tree.map(jnp.asarray, observations)
@@ -176,12 +177,12 @@ Residual.__init__.__doc__ = r"""**Arguments:**
 - `num_updates`, `batch_size`: the number of gradient steps, and of actions in each.
 - `learning_rate`: the initial rate of Adam; it falls to zero along a cosine.
 - `damping`: the multiple $\lambda$ of the metric's mean eigenvalue by which every
-    displacement is charged besides. The published method has none.
+    displacement is charged in addition. The published method has no damping.
 - `max_folded`: the share of actions at which the transport map may fold. If maps before it
-    fold at more of them already, this one may add none.
+    fold at more actions already, this map may not add folds.
 - `num_calibration`: the number of actions drawn to settle the final scale.
-- `num_witnesses`: the number of actions on which the KL is then measured anew by densities, as
-    `certify` does, and the scale corrected; 0 for none.
+- `num_witnesses`: the number of actions on which the KL is then measured again by densities, as
+    `certify` does, to correct the scale. With 0 the scale is not corrected.
 - `measure`: how the KL is measured. By default with the score of the metric.
 - `progress`: whether to show a progress bar with the gain, the KL and the dual variable.
 

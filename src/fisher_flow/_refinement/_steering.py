@@ -1,5 +1,6 @@
 import abc
 from collections.abc import Callable
+from dataclasses import KW_ONLY
 from typing import Any
 
 import diffrax
@@ -32,8 +33,8 @@ from ._potentials import AbstractPotential, TiltedAction
 from ._radius import scale_to_radius
 
 
-# Along the path, a steering is evaluated between these times: at its ends it is a quotient of two
-# numbers that vanish.
+# Along the path, a steering is evaluated between these times: at the two ends it is a quotient of
+# two numbers that vanish.
 _earliest, _latest = 0.02, 0.999
 
 
@@ -80,7 +81,7 @@ class CriticGuidance(AbstractGuidance):
 
 
 class FieldGuidance(AbstractGuidance):
-    """Adds a multiple of a field that the user wrote."""
+    """Adds a multiple of a field that is given."""
 
     field: Callable[[Scalar, Any, Any], Any]
 
@@ -107,12 +108,17 @@ class SteeredVelocity(eqx.Module):
 
     def given(self, observation: Observation) -> Callable[[Scalar, Action], Action]:
         pair = self.pair(observation)
-        return lambda t, x: sum(pair(t, x))
+
+        def velocity(t, x):
+            v, Δ = pair(t, x)
+            return v + Δ
+
+        return velocity
 
     def strength_at(self, observation: Observation) -> Array:
-        if callable(self.strength):
-            return self.strength(observation)
-        return jnp.asarray(self.strength)
+        strength: Any = self.strength
+        value: Any = strength(observation) if callable(strength) else jnp.asarray(strength)
+        return value
 
     def pair(self, observation: Observation) -> SteeredPair:
         """The velocity of the flow and what is added to it, at one observation."""
@@ -139,12 +145,12 @@ class SteeredPolicy(AbstractFlowPolicy):
     r"""A flow whose velocity is steered all along the path, $u = v + \Delta$.
 
     Made by [`fisher_flow.refine`][] with [`fisher_flow.Steering`][], and by
-    [`fisher_flow.guide`][]. It is a flow policy itself, with samples and a density, and it knows
-    of every action that it draws how much more likely it is than under the policy it steers:
-    `draw_and_log_ratio`.
+    [`fisher_flow.guide`][]. It is a flow policy itself, with samples and a density. For every
+    action that it draws it can tell how much more likely the action is than under the policy that
+    is steered: `draw_and_log_ratio`.
 
-    Its velocity is not the one that flow matching would learn from its actions, unless the steering
-    is the best one. So its score does not follow from its velocity; it is
+    Flow matching on its actions would learn another velocity, unless the steering is the best one.
+    So its score does not follow from its velocity; it is
     $\nabla \log q = \nabla \log p + \nabla r$, with the log-ratio $r$ along the path that ends at
     the action.
     """
@@ -268,14 +274,13 @@ class SteeredPolicy(AbstractFlowPolicy):
         return self.log_ratio(field.flow, pair, observation, noise, key=jr.fold_in(key, 1))
 
     def log_prob(self, observation: Observation, action: Action, **options: Any) -> Scalar:
-        """The log-density of the steered flow in continuous time, as that of
-        [`fisher_flow.FlowPolicy`][].
+        """The log-density of the steered flow in continuous time.
 
         **Arguments:**
 
         - `observation`: one observation, any PyTree of arrays.
         - `action`: where to evaluate the density.
-        - `**options`: as of [`fisher_flow.FlowPolicy`][]`.log_prob`.
+        - `**options`: as for [`fisher_flow.FlowPolicy`][]`.log_prob`.
 
         **Returns:**
 
@@ -300,15 +305,20 @@ class Steering(AbstractRefinement):
     $$u(t, x) = v(t, x) + \Delta(t, x).$$
 
     A map that comes after the flow moves actions locally, and reads the score where the velocity
-    knows it worst. Steering can move mass from one mode to another, since early on the path they
-    are not yet apart, and reads the score where it is well conditioned.
+    knows it worst. Steering can move mass from one mode to another, since early on the path the
+    modes are not yet apart, and it reads the score where it is well conditioned.
 
-    The direction is that of a potential, by default [`fisher_flow.TiltedAction`][]. Its strength is
-    settled such that the *measured* KL of the sampler that acts equals the radius. That KL is the
+    A potential gives the direction, by default [`fisher_flow.TiltedAction`][]. The strength is
+    settled such that the *measured* KL of the sampler that acts equals the radius. This KL is the
     mean of the exact log-ratio of every action ([`fisher_flow.ExecutedLogRatio`][]).
 
-    Multiplying the critic by a positive constant, or adding one, changes nothing; where the
-    gradient of the critic is not finite, nothing is moved.
+    Multiplying the critic by a positive constant, or adding a constant, changes nothing. Where the
+    gradient of the critic is not finite, nothing is added to the velocity.
+
+    !!! warning
+
+        Where the critic is rough and the modes are far apart, no potential here is good, and a
+        [`fisher_flow.NaturalStep`][] may gain more. Compare the two by [`fisher_flow.certify`][].
 
     !!! example
 
@@ -335,59 +345,28 @@ class Steering(AbstractRefinement):
     !!! tip
 
         With `observations`, the strength is settled once: every state has the same temperature,
-        and the radius is the mean of their KLs. Without them it is settled at every observation,
-        from `num_auxiliary` noises: every state spends the same KL, and an action costs some
-        thousand times more.
+        and the mean of the KLs of all states is the radius. Without them the strength is settled at
+        every observation, from `num_auxiliary` noises: every state spends the same KL, and an
+        action costs some thousand times more.
     """
 
-    radius: ScalarLike
-    potential: AbstractPotential
-    log_ratio: AbstractLogRatio | None
-    max_unknown: ScalarLike
-    num_auxiliary: int = eqx.field(static=True)
-    num_calibration: int = eqx.field(static=True)
+    radius: ScalarLike = 0.5
+    potential: AbstractPotential = TiltedAction()
+    _: KW_ONLY
+    log_ratio: AbstractLogRatio | None = None
+    max_unknown: ScalarLike = 0.05
+    num_auxiliary: int = eqx.field(static=True, default=32)
+    num_calibration: int = eqx.field(static=True, default=2048)
 
-    def __init__(
-        self,
-        radius: ScalarLike = 0.5,
-        potential: AbstractPotential = TiltedAction(),
-        *,
-        log_ratio: AbstractLogRatio | None = None,
-        max_unknown: ScalarLike = 0.05,
-        num_auxiliary: int = 32,
-        num_calibration: int = 2048,
-    ):
-        """**Arguments:**
-
-        - `radius`: the KL to spend, in nats, averaged over observations.
-        - `potential`: where to steer.
-
-        **Other arguments:**
-
-        - `log_ratio`: how the KL is measured. By default that of the executed steps for actions of
-            up to 32 entries and samplers with equal explicit steps, else by both densities.
-        - `max_unknown`: the share of actions whose log-ratio may be unknown.
-        - `num_auxiliary`: without observations, the number of actions drawn at a state.
-        - `num_calibration`: with observations, the number of actions that settle the strength.
-
-        **Raises:**
-
-        - `ValueError` if an argument is not of its kind.
-        """
-        check_at_least("radius", radius, 0, 0.5)
-        check_instance("potential", potential, AbstractPotential, "fisher_flow.TiltedAction()")
-        if log_ratio is not None:
+    def __check_init__(self):
+        check_at_least("radius", self.radius, 0, 0.5)
+        check_instance("potential", self.potential, AbstractPotential, "fisher_flow.TiltedAction()")
+        if self.log_ratio is not None:
             example = "fisher_flow.ExecutedLogRatio()"
-            check_instance("log_ratio", log_ratio, AbstractLogRatio, example)
-        check_at_least("max_unknown", max_unknown, 0, 0.05)
-        check_positive_integer("num_auxiliary", num_auxiliary, 32)
-        check_positive_integer("num_calibration", num_calibration, 2048)
-        self.radius = radius
-        self.potential = potential
-        self.log_ratio = log_ratio
-        self.max_unknown = max_unknown
-        self.num_auxiliary = num_auxiliary
-        self.num_calibration = num_calibration
+            check_instance("log_ratio", self.log_ratio, AbstractLogRatio, example)
+        check_at_least("max_unknown", self.max_unknown, 0, 0.05)
+        check_positive_integer("num_auxiliary", self.num_auxiliary, 32)
+        check_positive_integer("num_calibration", self.num_calibration, 2048)
 
     def fit(
         self,
@@ -412,6 +391,26 @@ class Steering(AbstractRefinement):
         """
         guidance = CriticGuidance(critic, self.potential)
         return steer(policy, critic, guidance, self, observations, key)
+
+
+Steering.__init__.__doc__ = """**Arguments:**
+
+- `radius`: the KL to spend, in nats, averaged over observations.
+- `potential`: where to steer.
+
+**Other arguments:**
+
+- `log_ratio`: how the KL is measured. The default is [`fisher_flow.ExecutedLogRatio`][] for actions
+    of up to 32 entries and samplers whose explicit steps end at fixed times, and
+    [`fisher_flow.DensityLogRatio`][] otherwise.
+- `max_unknown`: the share of actions whose log-ratio may be unknown.
+- `num_auxiliary`: without observations, the number of actions drawn at a state.
+- `num_calibration`: with observations, the number of actions that settle the strength.
+
+**Raises:**
+
+- `ValueError` if an argument is not of its kind.
+"""
 
 
 def steer(policy, critic, guidance, method, observations, key) -> SteeredPolicy:
@@ -497,15 +496,16 @@ def _settle(flow, guidance, method, log_ratio, over_rows, keys) -> tuple[Array, 
         noise = flow.noise(o, key=noise_key)
         if not isinstance(guidance, CriticGuidance):
             return noise, probe_key, jnp.ones((), noise.dtype)
-        # Half the square of a difference: what the critic varies by at one state.
+        # Half the square of a difference: its mean is the variance of the critic at one state.
         pair = [flow.flow(o, noise), flow.draw(o, key=other_key)]
         values = [critic_value(flow, guidance.critic, o, a).astype(noise.dtype) for a in pair]
         return noise, probe_key, 0.5 * (values[0] - values[1]) ** 2
 
     noises, probe_keys, variances = over_rows(of_row)(keys)
     usable = jnp.isfinite(variances)
+    spread: Any = jnp.where(usable, variances, 0)
     count = jnp.sum(usable, dtype=noises.dtype)
-    variance = jnp.sum(jnp.where(usable, variances, 0)) / jnp.maximum(count, 1)
+    variance = jnp.sum(spread) / jnp.maximum(count, 1)
     radius = jnp.asarray(method.radius, noises.dtype)
 
     def measure(strength):
@@ -518,7 +518,7 @@ def _settle(flow, guidance, method, log_ratio, over_rows, keys) -> tuple[Array, 
         kl, _ = mean_log_ratio(r)
         return kl, jnp.mean(~jnp.isfinite(r), dtype=noises.dtype)
 
-    # To first order p exp(k Q) costs ½ k² Var Q; a field of the user starts from a weight of one.
+    # To first order p exp(k Q) costs ½ k² Var Q; a field that is given starts from a weight of one.
     some = variance > 0
     initial = jnp.sqrt(2 * radius / jnp.where(some, variance, 1))
     initial = jnp.where(some, initial, 0)

@@ -8,21 +8,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, PyTree, Scalar
 
 from .._flows import AbstractFlowPolicy, FlowPolicy
 from .._geometry import (
+    constant_entries,
+    constants_at,
     continuous_flow,
     executed_draw,
     executed_log_prob,
+    free_constant_entries,
     has_executed_steps,
     mean_log_ratio,
     with_flow,
 )
 from .._linalg import value_and_jacobian
-from .._trees import not_known
-from ._method import draw_from_flow
+from .._trees import as_entries
+from ._method import AbstractDisplacement, draw_from_flow
 from ._refined_policy import RefinedPolicy
 
 
@@ -44,12 +48,12 @@ LARGEST_DIFFERENCE = 0.06
 # Scores that are off by more than this share of the KL are not corrected but doubted.
 MOST_CORRECTED = 0.3
 
-# The share of actions whose density may be unknown, besides those at which a map folds.
+# The share of actions whose density may be unknown, in addition to the share that folds.
 MOST_UNKNOWN = 0.01
 
 
 class Witness(eqx.Module):
-    """A KL that was measured by densities, on actions of its own."""
+    """A KL that was measured by densities, on actions drawn for it alone."""
 
     kl: Scalar
     """Nats; NaN if it was not measured."""
@@ -58,28 +62,28 @@ class Witness(eqx.Module):
     """Its standard error."""
 
     difference: Scalar
-    """How much larger it is than the estimate by scores on the same actions, if there is one."""
+    """How much larger it is than the estimate by scores on the same actions; NaN without one."""
 
     difference_stderr: Scalar
     """Its standard error."""
 
     unknown: Scalar
-    """The share of actions at which one of the two densities is not known: no noise was found from
-    which the base would draw the action, or a map folds there."""
+    """The share of actions at which one of the two densities is not known: the base would draw the
+    action from no noise that was found, or a map folds there."""
 
     normalisation: Scalar
-    """The mean of the inverse ratio of the two densities. It is 1 if both are right."""
+    """The mean of the inverse ratio of the two densities. It is 1 if both densities are right."""
 
     normalisation_stderr: Scalar
     """Its standard error."""
 
 
 def absent_witness(dtype: Any) -> Witness:
-    return Witness(*(not_known(dtype) for _ in range(7)))
+    return Witness(*(as_entries(np.nan, dtype) for _ in range(7)))
 
 
 def summarise(log_ratios: Float[Array, " actions"], by_scores: Float[Array, " actions"]) -> Witness:
-    """The KL from the log-ratios of single actions, and from what scores say of the same."""
+    """The KL from the log-ratios of single actions, and its difference from the KL by scores."""
     kl, stderr = mean_log_ratio(log_ratios)
     difference, difference_stderr = mean_log_ratio(log_ratios, minus=by_scores)
     known = jnp.isfinite(log_ratios)
@@ -103,11 +107,11 @@ def in_continuous_time_log_ratios(
     policy: AbstractFlowPolicy,
     base: AbstractFlowPolicy,
     observations: PyTree[Any],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " actions"],
     by_scores: ByScores,
 ) -> LogRatios:
     r"""$\log q(a) - \log p(a)$ at actions of a policy $q$, by the densities of two policies in
-    continuous time; and the estimate by scores there. The first uses no score.
+    continuous time; and the estimate by scores there. The log-ratio uses no score.
     """
 
     def one(row):
@@ -124,11 +128,11 @@ def executed_log_ratios(
     policy: AbstractFlowPolicy,
     base: AbstractFlowPolicy,
     observations: PyTree[Any],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " actions"],
     by_scores: ByScores,
 ) -> LogRatios:
-    r"""The same for the samplers that act: the density of what the steps of the flow of each policy
-    make, one by one, followed by its transport maps.
+    r"""The same for the samplers that act. The density follows from the steps of the flow of each
+    policy, one by one, and from its transport maps.
     """
 
     def one(row):
@@ -162,7 +166,7 @@ def _mapped(policy, observation, action) -> tuple[Array, Scalar]:
         return action, jnp.zeros((), action.dtype)
     moved, J = value_and_jacobian(lambda b: policy.from_flow(observation, b), action)
     sign, log_det = jnp.linalg.slogdet(J)
-    return moved, jnp.where(sign > 0, log_det, jnp.nan)
+    return moved, log_det + jnp.where(sign > 0, 0, jnp.nan)
 
 
 def witness(
@@ -175,7 +179,7 @@ def witness(
     num_actions: int,
     key: PRNGKeyArray,
 ) -> Witness:
-    """Measures a KL by one of the two functions above, on as many actions as it takes.
+    """Measures a KL by one of the two functions above, on as many actions as are needed.
 
     **Arguments:**
 
@@ -196,7 +200,7 @@ def witness(
         result = summarise(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
         stderr = result.kl_stderr if by_scores is None else result.difference_stderr
         if by_scores is None:
-            nothing = not_known(result.kl.dtype)
+            nothing = as_entries(np.nan, result.kl.dtype)
             entries = lambda result: (result.difference, result.difference_stderr)
             result = eqx.tree_at(entries, result, (nothing, nothing))
         if stderr <= RELATIVE_ERROR * jnp.abs(result.kl):
@@ -220,7 +224,14 @@ def witnesses(
     possible = isinstance(flow, FlowPolicy) and action.size <= largest_size
     if num_witnesses == 0 or not possible:
         return absent, absent
-    # In a chain that holds the KL from the flow, that is the one to compare with.
+    by_scores = _ByScores(refined)
+    fixed = constant_entries(measure.score.whitening, policy.action_shape)
+    if fixed is not None and policy is flow:
+        free = free_constant_entries(flow, fixed)
+        field = _FreedDisplacement(refined, fixed)
+        refined = RefinedPolicy(free, refined.critic, field, refined.method)
+        policy = flow = free
+    # A chain whose KL is measured from the flow is compared with the flow.
     base = flow if measure.whole_chain else policy
     density_key, steps_key = jr.split(jr.fold_in(key, 1))
     by_steps = absent
@@ -232,7 +243,7 @@ def witnesses(
             executed_log_ratios,
             refined,
             base,
-            by_scores=_ByScores(refined),
+            by_scores=by_scores,
             key=steps_key,
             **arguments,
         )
@@ -240,15 +251,28 @@ def witnesses(
         in_continuous_time_log_ratios,
         with_flow(refined, exact),
         with_flow(base, exact),
-        by_scores=_ByScores(with_flow(refined, exact)),
+        by_scores=by_scores,
         key=density_key,
         **arguments,
     )
     return by_density, by_steps
 
 
+class _FreedDisplacement(AbstractDisplacement):
+    """The displacement of a policy whose constant entries carry noise."""
+
+    refined: RefinedPolicy
+    is_constant: Bool[Array, "..."]
+
+    def __call__(self, policy: Any, critic: Any, observation: Any, action: Any) -> Any:
+        flow = self.refined.flow_policy
+        constants = constants_at(flow, observation, action)
+        action = jnp.where(self.is_constant, constants, action)
+        return jnp.where(self.is_constant, 0, self.refined.displacement(observation, action))
+
+
 class _ByScores(eqx.Module):
-    """What one action contributes to the KL of a refined policy, by scores."""
+    """The contribution of one action to the KL of a refined policy, by scores."""
 
     refined: RefinedPolicy
 
@@ -277,19 +301,19 @@ def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
 
 
 def is_normalised(witness: Witness) -> bool:
-    """Whether the mean of the inverse ratio is 1, but for chance. Where the policies are far apart
-    that mean is made by actions which are rarely drawn, and tells nothing."""
+    """Whether the mean of the inverse ratio is 1, up to chance. Where the policies are far apart
+    actions that are rarely drawn make up that mean, so it is not used there."""
     off = abs(float(witness.normalisation) - 1) - 4 * float(witness.normalisation_stderr)
     return float(witness.kl) > 1 or off <= LARGEST_DIFFERENCE
 
 
 def are_apart(one: Witness, other: Witness) -> bool:
-    """Whether two witnesses, if both are there, disagree beyond chance."""
+    """Whether two witnesses disagree beyond chance. False if one of them is NaN."""
     larger = max(abs(float(one.kl)), abs(float(other.kl)))
     error = math.hypot(float(one.kl_stderr), float(other.kl_stderr))
     return abs(float(one.kl) - float(other.kl)) > LARGEST_DIFFERENCE * larger + 2 * error
 
 
 def is_vague(witness: Witness) -> bool:
-    """Whether the error of a witness leaves room for more than it should."""
+    """Whether the error of a witness is too large to check the KL by scores."""
     return not float(witness.difference_stderr) <= 2 * RELATIVE_ERROR * abs(float(witness.kl))

@@ -51,8 +51,8 @@ class AbstractCost(eqx.Module):
     def mean_eigenvalue(
         self, policy: Any, observation: Observation, action: Action, *, key: PRNGKeyArray
     ) -> Scalar:
-        """Twice the cost of a displacement of `squared_length` one, the same at every action,
-        averaged over its direction. A damping is measured in this unit.
+        """Twice the cost of a displacement whose `squared_length` is one and which is the same at
+        every action, averaged over its direction. A damping is measured in this unit.
 
         **Arguments:**
 
@@ -60,8 +60,8 @@ class AbstractCost(eqx.Module):
         """
 
     def squared_length(self, displacement: Action) -> Scalar:
-        """The squared length of a displacement, in the coordinates of the score: those of a
-        [`fisher_flow.CalibratedScore`][] give the actions covariance one.
+        """The squared length of a displacement, in the coordinates of the score. In the coordinates
+        of a [`fisher_flow.CalibratedScore`][] the actions have covariance one.
 
         **Arguments:**
 

@@ -12,7 +12,7 @@ from ._cost import AbstractMetric
 class Euclidean(AbstractMetric):
     r"""The isotropic metric $G = I$, whose cost is $\tfrac12 \|\delta\|^2$.
 
-    The penalty of FQL and DeFlow. It knows nothing of the data, so its cost is no KL: the same
+    The penalty of FQL and DeFlow. It knows nothing of the data, so its cost is not a KL: the same
     displacement may be free in one direction and fatal in another.
 
     ??? cite "Reference"

@@ -27,18 +27,20 @@ class ObservedInformation(AbstractMetric):
 
     Statisticians call $-\nabla^2 \log \pi$ the observed information; its mean over the actions is
     the Fisher information. It has full rank at every single action and adapts to it: steep
-    directions are dear, flat ones cheap. A step $G^{-1} \nabla_a Q$ is Newton's step in action
-    space.
+    directions cost much, flat directions little. A step $G^{-1} \nabla_a Q$ is Newton's step in
+    action space.
 
-    Of large actions, such as chunks, the curvature is never formed: its positive part is found in a
-    space of a few dimensions, spanned by the vector that it acts on and its images under the
-    curvature, as in the method of conjugate gradients. Time and memory are then linear in the size.
+    For large actions, such as chunks, the curvature is never formed: its positive part is found in
+    a space of a few dimensions, spanned by the vector that it acts on and the images of this vector
+    under the curvature, as in the method of conjugate gradients. Time and memory are then linear in
+    the size.
 
     Between modes the density curves the other way. There the positive part prices the direction
     at nearly nothing, so a step must be damped, as [`fisher_flow.NaturalStep`][] does.
 
-    The positive part is taken, and the damping added, in the coordinates of the score: those of a
-    [`fisher_flow.CalibratedScore`][] give the actions covariance one.
+    The positive part is taken, and the damping added, in the coordinates of the score. In the
+    coordinates of a [`fisher_flow.CalibratedScore`][] the actions have covariance one, so the units
+    of the entries do not matter, and entries that never vary do not move.
     """
 
     score: AbstractScore = PerturbedScore()

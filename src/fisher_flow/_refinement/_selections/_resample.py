@@ -25,10 +25,10 @@ class Resample(AbstractSelection):
 
     $$\sum_i p_i \log(n p_i) = \epsilon .$$
 
-    The KL from `policy` is at most this radius, for any `n` and any critic that is finite. For
-    the choice is a function of `n` independent actions and an index, which would be uniform
-    without the critic, and what a function of them loses cannot be more than what they have.
-    Actions at which the critic is not finite are left out, which costs more; `certify` measures it.
+    The KL from `policy` is at most this radius, for any `n` and any critic that is finite. The
+    reason: the choice is a function of `n` independent actions and an index, which would be uniform
+    without the critic. A function of them cannot differ by more nats than they do. Actions at which
+    the critic is not finite are left out, which costs more; `certify` measures it.
 
     Multiplying the critic by a positive constant, or adding one, changes nothing.
     """

@@ -30,7 +30,7 @@ class AbstractSelection(AbstractPolicy):
 
         **Arguments:**
 
-        - `values`: the values of the critic, of which some may not be finite.
+        - `values`: the values of the critic. Some of them may not be finite.
 
         **Returns:**
 
@@ -39,11 +39,11 @@ class AbstractSelection(AbstractPolicy):
 
     @abc.abstractmethod
     def kl(self, probabilities: Float[Array, " n"]) -> Scalar:
-        """What one choice spends: the mean over choices bounds the KL from `policy`, in nats.
+        """The nats that one choice spends: the mean over choices bounds the KL from `policy`.
 
         **Arguments:**
 
-        - `probabilities`: those of the `n` actions that were drawn.
+        - `probabilities`: the probabilities of the `n` actions that were drawn.
         """
 
     @property

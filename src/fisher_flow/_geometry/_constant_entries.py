@@ -1,0 +1,67 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Scalar
+
+from .._custom_types import Action, Observation
+from .._flows import FlowPolicy, given
+from .._linalg import Whitening
+
+
+class FreedVelocity(eqx.Module):
+    """A velocity whose constant entries keep the noise that they start from.
+
+    The other entries see them as they are along the path, from this noise to their constant. So the
+    other entries of an action are as the flow makes them, and all entries together have a density.
+    """
+
+    flow: FlowPolicy
+    is_constant: Bool[Array, "..."]
+
+    def __call__(self, t: Scalar, x: Action, observation: Observation) -> Action:
+        return self.given(observation)(t, x)
+
+    def given(self, observation: Observation) -> Callable[[Any, Any], Any]:
+        velocity = given(self.flow.velocity_field, observation)
+
+        def freed(t, x):
+            α, σ = self.flow.path.alpha(t), self.flow.path.sigma(t)
+            constants = constants_at(self.flow, observation, x)
+            v = velocity(t, jnp.where(self.is_constant, α * constants + σ * x, x))
+            return jnp.where(self.is_constant, jnp.zeros_like(v), v)
+
+        return freed
+
+
+def constant_entries(whitening: Whitening | None, action_shape: tuple[int, ...]) -> Any:
+    """Which entries of the actions never vary; `None` if all of them do."""
+    if whitening is None:
+        return None
+    L = whitening.factor
+    constant = L == 0 if L.ndim == 1 else ~jnp.any(L != 0, axis=1)
+    return constant.reshape(action_shape) if bool(jnp.any(constant)) else None
+
+
+def constants_at(flow: FlowPolicy, observation: Observation, like: Array) -> Action:
+    """One action of the flow. Its constant entries are the same in all actions at this
+    observation."""
+    return flow.flow(observation, jnp.zeros_like(like))
+
+
+def free_constant_entries(flow: FlowPolicy, is_constant: Bool[Array, "..."]) -> FlowPolicy:
+    """The flow with noise in place of its constant entries, so that its actions have a density."""
+    return FlowPolicy(
+        FreedVelocity(flow, is_constant),
+        flow.action_shape,
+        path=flow.path,
+        solver=flow.solver,
+        num_steps=flow.num_steps,
+        stepsize_controller=flow.stepsize_controller,
+        adjoint=flow.adjoint,
+        max_steps=flow.max_steps,
+        bounds=flow.bounds,
+        dtype=flow.dtype,
+        throw=flow.throw,
+    )
