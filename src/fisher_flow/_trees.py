@@ -51,6 +51,12 @@ def as_inexact(x: Any) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
+def as_entries(numbers: Any, dtype: Any) -> Array:
+    """An array of numbers that may be NaN, outside `jax.jit`. It is made without an operation:
+    `jax_debug_nans` looks at the results of those."""
+    return jax.device_put(np.asarray(numbers, dtype))
+
+
 def is_half(dtype: Any) -> bool:
     """Whether it is a floating point dtype of less than 32 bits."""
     return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32

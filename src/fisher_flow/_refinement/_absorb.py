@@ -82,6 +82,7 @@ def absorb(
 
     - `ValueError` if an argument is not of its kind, the velocity holds no arrays to train, or
         the policy draws an action that is not finite.
+    - `FloatingPointError` if the training ends in NaN.
     """
     if isinstance(policy, AbstractFlowPolicy) or not isinstance(policy, AbstractPolicy):
         policy = as_flow_policy(policy)

@@ -21,6 +21,7 @@ from .._geometry import (
     with_flow,
 )
 from .._linalg import Whitening
+from .._trees import as_entries
 from ._certificate import Certificate, Verdict
 from ._executed_critic import critic_value
 from ._limits import mean_and_stderr, normal_quantile, standard_error
@@ -88,7 +89,7 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
         kl, kl_stderr = measured.kl, measured.kl_stderr
     else:
         kl, kl_stderr = _nearest_neighbours(policy, base, observations, density_key)
-    radius = jnp.asarray(policy.method.radius if steered else jnp.nan, action.dtype)
+    radius = as_entries(policy.method.radius if steered else np.nan, action.dtype)
     gain = mean_and_stderr(gains)
     if not finite:
         verdict = Verdict.critic_not_finite
@@ -105,13 +106,13 @@ def _certificate(verdict, kl, witnesses, radius, gains, gain, level) -> Certific
     """A certificate without the entries that only a transport map has, such as folds."""
     kl, kl_stderr = kl
     improvement, improvement_stderr = gain
-    nan, zero = jnp.asarray(np.nan, kl.dtype), jnp.zeros_like(kl)
+    nan, zero = as_entries(np.nan, kl.dtype), jnp.zeros_like(kl)
     return Certificate(
         verdict=verdict,
         kl=kl,
         kl_stderr=kl_stderr,
         kl_by_score=nan,
-        kl_upper=jnp.asarray(float(kl) + normal_quantile(level) * float(kl_stderr), kl.dtype),
+        kl_upper=as_entries(float(kl) + normal_quantile(level) * float(kl_stderr), kl.dtype),
         kl_predicted=nan,
         radius=radius,
         folded=zero,
@@ -130,8 +131,8 @@ def _certificate(verdict, kl, witnesses, radius, gains, gain, level) -> Certific
         num_actions=gains.size,
         num_observations=gains.shape[0],
         fractions=jnp.ones_like(kl)[None],
-        kl_by_fraction=jnp.asarray([float(kl)], kl.dtype),
-        kl_stderr_by_fraction=jnp.asarray([float(kl_stderr)], kl.dtype),
+        kl_by_fraction=as_entries([float(kl)], kl.dtype),
+        kl_stderr_by_fraction=as_entries([float(kl_stderr)], kl.dtype),
         gains=gains.reshape(-1),
         **witnesses,
     )

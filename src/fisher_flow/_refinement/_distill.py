@@ -76,6 +76,7 @@ def distill(
 
     - `ValueError` if an argument is not of its kind, the network holds no arrays to train, or the
         policy draws an action that is not finite.
+    - `FloatingPointError` if the training ends in NaN.
 
     ??? cite "Reference"
 

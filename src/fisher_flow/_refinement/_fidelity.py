@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
@@ -12,6 +13,7 @@ from .._checks import batch_length
 from .._custom_types import Critic
 from .._flows import AbstractFlowPolicy, AbstractPolicy, OneStepPolicy
 from .._linalg import dense_limit, value_and_jacobian
+from .._trees import as_entries
 from ._executed_critic import check_critic, critic_value
 from ._selections import flow_underneath
 
@@ -160,7 +162,7 @@ def measure_fidelity(
     }
     for name in [name for name, is_absent in absent.items() if is_absent]:
         for entry in {name, f"{name}_stderr"} & set(measured):
-            measured[entry] = jnp.asarray(jnp.nan, measured[entry].dtype)
+            measured[entry] = as_entries(np.nan, measured[entry].dtype)
     return Fidelity(
         **measured, num_actions=num_observations * num_actions, num_observations=num_observations
     )

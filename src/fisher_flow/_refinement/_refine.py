@@ -50,7 +50,8 @@ def refine(
 
     - `policy`: the flow policy: a [`fisher_flow.FlowPolicy`][], a refined policy, or anything with
         `velocity(t, x, observation)`, an `action_shape` and, if it is not linear, a `path`. It is
-        not modified.
+        not modified. The actions of a policy in bfloat16 or float16 are refined, and returned, in
+        float32, from the same parameters.
     - `critic`: called as `critic(observation, action)` for one sample; returns a scalar;
         more is better. It may be any differentiable function.
     - `method`: how to refine: [`fisher_flow.NaturalStep`][] and [`fisher_flow.Steering`][], which

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, PyTree, Scalar
 
@@ -24,6 +25,7 @@ from .._geometry import (
     with_flow,
 )
 from .._linalg import value_and_jacobian
+from .._trees import as_entries
 from ._method import AbstractDisplacement, draw_from_flow
 from ._refined_policy import RefinedPolicy
 
@@ -77,7 +79,7 @@ class Witness(eqx.Module):
 
 
 def absent_witness(dtype: Any) -> Witness:
-    return Witness(*(jnp.asarray(jnp.nan, dtype) for _ in range(7)))
+    return Witness(*(as_entries(np.nan, dtype) for _ in range(7)))
 
 
 def summarise(log_ratios: Float[Array, " actions"], by_scores: Float[Array, " actions"]) -> Witness:
@@ -198,7 +200,7 @@ def witness(
         result = summarise(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
         stderr = result.kl_stderr if by_scores is None else result.difference_stderr
         if by_scores is None:
-            nothing = jnp.asarray(jnp.nan, result.kl.dtype)
+            nothing = as_entries(np.nan, result.kl.dtype)
             entries = lambda result: (result.difference, result.difference_stderr)
             result = eqx.tree_at(entries, result, (nothing, nothing))
         if stderr <= RELATIVE_ERROR * jnp.abs(result.kl):
