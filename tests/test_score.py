@@ -16,6 +16,7 @@ from helpers import (
 )
 
 import fisher_flow as ff
+from fisher_flow._geometry import unsettled_score
 
 
 def over_actions(score, policy, actions):
@@ -126,6 +127,8 @@ def test_action_shapes(score, action_shape, dtype, getkey):
         variance_dot_over_2 = 4 * t - (1 - t)
         return observation + variance_dot_over_2 / (4 * t**2 + (1 - t) ** 2) * (x - t * observation)
 
+    if isinstance(score, ff.CalibratedScore):  # has a size
+        score = unsettled_score(jnp.zeros(action_shape), dtype)
     observation, action = jr.normal(getkey(), (2, *action_shape), dtype)
     s = score(ff.FlowPolicy(velocity, action_shape), observation, action)
     if isinstance(score, ff.PaperScore):
