@@ -1,5 +1,6 @@
 """The laws of a refinement, whichever way it finds a displacement."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -34,7 +35,7 @@ def test_zero_radius_is_the_identity(name, getkey):
 def test_the_radius_is_spent_from_the_flow_underneath(name, getkey):
     refined = refine(name, 0.1)
     assert isinstance(refined, ff.RefinedPolicy | ff.SteeredPolicy)
-    assert refined.flow_policy is policy and refined.bounds == policy.bounds
+    assert eqx.tree_equal(refined.flow_policy, policy) and refined.bounds == policy.bounds
     assert refined.reached is not None and 0 < refined.reached.kl < 0.1 * 1.01
     o, b = observations[0], jr.normal(getkey(), (2,), jnp.float32)
     a = jax.jit(refined.from_flow)(o, b)
