@@ -190,7 +190,7 @@ def test_probes_are_unbiased(log_ratio, getkey):
     policy = mixture.policy(solver=diffrax.Heun(), num_steps=32)
     steered = bent(lambda t, x: policy.velocity(t, x, None))
     noise = jr.normal(getkey(), (2,))
-    few = type(log_ratio)(num_probes=1, solver=diffrax.Heun())
+    few = type(log_ratio)(num_probes=1)
     keys = jr.split(getkey(), 500)
     r = jax.jit(jax.vmap(lambda key: few(policy, steered, None, noise, key=key).log_ratio))(keys)
     exact = log_ratio(policy, steered, None, noise).log_ratio
