@@ -751,8 +751,9 @@ def run_problems(options):
         start = time.perf_counter()
         try:
             row = KINDS[problem["kind"]](problem, shared)
-        except Exception:
-            row = dict(raised=traceback.format_exc())
+        except Exception as error:  # the last line says what went wrong
+            last = f"{type(error).__name__}: {error}".replace("\n", " ")
+            row = dict(raised=f"{traceback.format_exc()}\n{last}")
         row = problem | row | dict(seconds=time.perf_counter() - start)
         rows.append(row)
         print(f"{outcome(row)}  [{row['seconds']:.0f} s]  {describe(row)}", flush=True)

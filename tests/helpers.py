@@ -306,11 +306,14 @@ def shifted_policy(mixture, **options):
     return ff.FlowPolicy(velocity, mixture.means.shape[1:], **options)
 
 
-def natural_step(dtype, *, radius=0.1, damping=0.5, smoothing=0.1, **options):
-    """A `NaturalStep` whose numbers are arrays, so that all of them share one compilation."""
+def natural_step(dtype, *, radius=0.1, damping=0.5, smoothing=0.1, num_witnesses=0, **options):
+    """A `NaturalStep` whose numbers are arrays, so that all of them share one compilation.
+
+    Its length is chosen from scores alone; `test_verdict.py` tests the witnesses.
+    """
     radius, damping, smoothing = (jnp.asarray(x, dtype) for x in (radius, damping, smoothing))
     metric = ff.ObservedInformation(ff.PerturbedScore(time=0.95), smoothing)
-    return ff.NaturalStep(metric, radius, damping=damping, **options)
+    return ff.NaturalStep(metric, radius, damping=damping, num_witnesses=num_witnesses, **options)
 
 
 # Each script in its folder, and what it printed with the traceback that ended it, a line of JSON a

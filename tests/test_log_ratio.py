@@ -57,7 +57,9 @@ def test_tilt_of_a_gaussian(log_ratio, path, dtype, getkey):
     actions, r = over(log_ratio, policy, tilted(base, w, path), noises)
     assert actions.dtype == r.dtype == dtype
     # What the discrete sampler draws is a Gaussian too, but not quite this one.
-    tol = 2e-5 if isinstance(log_ratio, ff.DensityLogRatio) else 4e-3
+    # Two adaptive solves err by their tolerances: 1e-5 a step in single precision.
+    exact = 2e-5 if dtype == jnp.float64 else 2e-4
+    tol = exact if isinstance(log_ratio, ff.DensityLogRatio) else 4e-3
     expected = (np.asarray(actions) - np.asarray(mean)) @ w - 0.5 * w @ covariance @ w
     assert np.allclose(r, expected, atol=tol)
 
@@ -188,7 +190,7 @@ def test_probes_are_unbiased(log_ratio, getkey):
     policy = mixture.policy(solver=diffrax.Heun(), num_steps=32)
     steered = bent(lambda t, x: policy.velocity(t, x, None))
     noise = jr.normal(getkey(), (2,))
-    few = type(log_ratio)(num_probes=1, solver=diffrax.Heun())
+    few = type(log_ratio)(num_probes=1)
     keys = jr.split(getkey(), 500)
     r = jax.jit(jax.vmap(lambda key: few(policy, steered, None, noise, key=key).log_ratio))(keys)
     exact = log_ratio(policy, steered, None, noise).log_ratio

@@ -95,7 +95,7 @@ def test_measured_kl_meets_the_radius(mixture, radius):
     critic = Critic(g, jnp.float64, curvature=0.3)
     refined = refine(mixture(), critic, radius=radius, damping=2.0)
     states = observations(jnp.float64) + 0.3
-    report = ff.certify(refined, critic, states, num_actions=8192, key=jr.key(5))
+    report = ff.certify(refined, critic, states, num_actions=8192, num_witnesses=0, key=jr.key(5))
     # On other actions than it was calibrated on. Between the modes, where the map nearly folds, an
     # action contributes up to ten times the mean or more: 2% of error in the mean of 8192.
     assert np.allclose(report.kl, radius, rtol=0.1)
@@ -109,7 +109,9 @@ def test_damping_rises_where_folds_forbid():
     critic = Critic(g, jnp.float64)
     small, large = (refine(bimodal(), critic, radius=radius) for radius in (0.001, 0.5))
     assert large.displacement_field.damping > 3 * small.displacement_field.damping
-    report = ff.certify(large, critic, observations(jnp.float64), num_actions=8192, key=jr.key(5))
+    report = ff.certify(
+        large, critic, observations(jnp.float64), num_actions=8192, num_witnesses=0, key=jr.key(5)
+    )
     assert report.folded <= 0.02 + 0.01
     assert np.allclose(report.kl, 0.5, rtol=0.1)
 
@@ -119,7 +121,7 @@ def test_measured_kl_meets_the_radius_at_every_state(radius):
     critic = Critic(g, jnp.float64, curvature=0.3)
     refined = refine(correlated(), critic, radius=radius, observations=lambda dtype: None)
     states = observations(jnp.float64, num=128)
-    report = ff.certify(refined, critic, states, num_actions=512, key=jr.key(5))
+    report = ff.certify(refined, critic, states, num_actions=512, num_witnesses=0, key=jr.key(5))
     # Each state has a length of its own, from 64 actions: an error of 12% or so, averaged over 128.
     assert np.allclose(report.kl, radius, rtol=0.1)
     assert report.improvement > 10 * report.improvement_stderr
@@ -179,7 +181,7 @@ def test_the_certificate_counts_what_is_broken():
     critic = Critic(g, jnp.float64, cutoff=0.2)
     refined = refine(bimodal(), critic)
     states = jnp.zeros((64, 2))
-    report = ff.certify(refined, critic, states, key=jr.key(5))
+    report = ff.certify(refined, critic, states, num_witnesses=0, key=jr.key(5))
     actions = bimodal().sample(100_000, jr.key(0))
     share = np.mean(actions[:, 0] > 0.2)
     # Five standard errors of a share of 4096 actions, and Euler's error in the samples.

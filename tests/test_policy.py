@@ -241,7 +241,7 @@ def test_samples_are_draws_held_to_the_bounds(name, dtype, getkey):
     def both(key):
         return policy.sample(o, key=key), policy.draw(o, key=key)
 
-    samples, free = both(keys)
+    samples, free = map(np.asarray, both(keys))
     assert samples.shape == (50, 2) and samples.dtype == dtype
     assert np.all(samples >= low.astype(dtype)) and np.all(samples <= dtype(high))
     assert np.allclose(samples, np.clip(free, low, high), rtol=1e-5, atol=1e-5)

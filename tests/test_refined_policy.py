@@ -155,7 +155,9 @@ def test_kl_from_the_flow(known, policies, log_probs):
 
 def test_certificate_of_a_chain(policies, log_probs):
     refined = policies[-1]
-    report = ff.certify(refined, refined.critic, o[None], num_actions=2048, key=jr.key(9))
+    report = ff.certify(
+        refined, refined.critic, o[None], num_actions=2048, num_witnesses=0, key=jr.key(9)
+    )
     assert np.allclose(report.kl, radius, rtol=0.1) and report.folded <= 0.02
     assert np.abs(report.stein) < 5 * report.stein_stderr
     # And its totals are those of the whole, here by quadrature.

@@ -88,7 +88,7 @@ class Certificate(eqx.Module):
 
     kl_by_score: Scalar
     """The KL by scores alone, on all `num_actions`. `kl` is this, or the KL by densities if the two
-    differ by more than three standard errors. NaN for a steered policy and for a pair."""
+    differ by more than two standard errors. NaN for a steered policy and for a pair."""
 
     kl_upper: Scalar
     """An upper confidence limit of `kl` at the `level` that was asked for. It assumes that the mean

@@ -224,7 +224,7 @@ def witnesses(
     possible = isinstance(flow, FlowPolicy) and action.size <= largest_size
     if num_witnesses == 0 or not possible:
         return absent, absent
-    by_scores = _ByScores(refined)
+    original = refined
     fixed = constant_entries(measure.score.whitening, policy.action_shape)
     if fixed is not None and policy is flow:
         free = free_constant_entries(flow, fixed)
@@ -243,7 +243,7 @@ def witnesses(
             executed_log_ratios,
             refined,
             base,
-            by_scores=by_scores,
+            by_scores=_ByScores(original),
             key=steps_key,
             **arguments,
         )
@@ -251,7 +251,9 @@ def witnesses(
         in_continuous_time_log_ratios,
         with_flow(refined, exact),
         with_flow(base, exact),
-        by_scores=by_scores,
+        by_scores=_ByScores(
+            with_flow(original, continuous_flow(original.flow_policy, action.dtype))
+        ),
         key=density_key,
         **arguments,
     )
@@ -316,4 +318,4 @@ def are_apart(one: Witness, other: Witness) -> bool:
 
 def is_vague(witness: Witness) -> bool:
     """Whether the error of a witness is too large to check the KL by scores."""
-    return not float(witness.difference_stderr) <= 2 * RELATIVE_ERROR * abs(float(witness.kl))
+    return not float(witness.difference_stderr) <= 1.5 * RELATIVE_ERROR * abs(float(witness.kl))
