@@ -149,7 +149,7 @@ def test_acts_inside_a_real_environment():
         ),
         (
             lambda: ff.Actor(gaussian([0.0], [[1.0]]).policy(), Box()),
-            r"shape \(1,\), but those of `env` have shape \(2,\).*`action_shape=\(2,\)`",
+            r"shape \(1,\), but the actions of `env` have shape \(2,\).*`action_shape=\(2,\)`",
         ),
         (
             lambda: ff.Actor(policy(), gymnasium.make("CartPole-v1")),

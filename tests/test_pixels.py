@@ -376,7 +376,7 @@ def test_load_ogbench_reads_images(tmp_path):
     assert np.array_equal(data.observations, o[~ends])
     assert np.array_equal(data.next_observations, o[np.flatnonzero(~ends) + 1])
     assert data.stack_frames(3).observations.shape == (20, 3, 64, 64, 3)
-    with pytest.raises(ValueError, match="do without a normaliser"):
+    with pytest.raises(ValueError, match="Do without a normaliser"):
         ff.Normaliser.of(data)
 
 
