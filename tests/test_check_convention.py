@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import equinox as eqx
 import helpers
 import jax
@@ -145,6 +147,9 @@ def test_a_prediction_along_another_path_is_refused():
 
 def test_a_prediction_of_the_user_is_checked_for_path_and_time():
     class Half(ff.AbstractPrediction):  # predicts half the noise
+        network: Callable
+        path: ff.AbstractAffineGaussianPath
+
         def data_and_noise(self, t, x, observation):
             noise = 2 * self.network(t, x, observation)
             return (x - self.path.sigma(t) * noise) / self.path.alpha(t), noise

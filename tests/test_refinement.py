@@ -35,7 +35,9 @@ def test_zero_radius_is_the_identity(name, getkey):
 def test_the_radius_is_spent_from_the_flow_underneath(name, getkey):
     refined = refine(name, 0.1)
     assert isinstance(refined, ff.RefinedPolicy | ff.SteeredPolicy)
-    assert eqx.tree_equal(refined.flow_policy, policy) and refined.bounds == policy.bounds
+    steered = isinstance(refined, ff.SteeredPolicy)  # is itself a flow
+    underneath = refined.policy if steered else refined.flow_policy
+    assert eqx.tree_equal(underneath, policy) and refined.bounds == policy.bounds
     assert refined.reached is not None and 0 < refined.reached.kl < 0.1 * 1.01
     o, b = observations[0], jr.normal(getkey(), (2,), jnp.float32)
     a = eqx.filter_jit(refined.from_flow)(o, b)

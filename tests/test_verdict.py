@@ -94,7 +94,7 @@ def test_any_pair_of_flows():
     expected = gaussian_kl(mean, covariance, base_mean, base_covariance)
     assert np.isclose(found.kl, expected, rtol=0.1)
     # A hundred and fifty Euler steps are nearly the flow.
-    allowed = 0.05 * expected + 4 * found.by_steps.kl_stderr
+    allowed = 0.05 * expected + 4 * float(found.by_steps.kl_stderr)
     assert np.abs(found.by_steps.kl - expected) < allowed
 
 

@@ -505,7 +505,7 @@ def mean_log_ratio(
     centred = c - mean(c)
     variance = mean(centred**2)
     if minus is not None:
-        r = r - jnp.where(known, minus, 0)
+        r = r - jnp.where(known, jnp.asarray(minus, r.dtype), 0)
     slope = -mean(r * centred) / jnp.where(variance > 0, variance, 1)
     if controls is None and minus is None:
         # Between 0 and 1 a few heavy weights do no harm.
