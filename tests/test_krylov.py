@@ -10,6 +10,7 @@ import scipy.linalg
 from helpers import dtypes, gaussian, Mixture, random_covariance, tree_allclose, within
 
 import fisher_flow as ff
+from fisher_flow._linalg import damped_solve
 from fisher_flow._linalg._krylov import arnoldi, KrylovPositivePart, trace_and_log_det
 
 
@@ -72,7 +73,9 @@ def test_at_full_rank_it_is_the_dense_metric(getkey):
     krylov = krylov_operator(5, policy, None, a)
     # The width of its corner is measured in the space, which is everything here.
     assert tree_allclose(krylov.as_matrix(), dense.as_matrix(), rtol=1e-6, atol=1e-8)
-    solved, expected = (G.damped_solve(g, jnp.asarray(0.3)) for G in (krylov, dense))
+    solved, expected = (
+        damped_solve(G, g, jnp.asarray(0.3), ff.NaturalStep().solver) for G in (krylov, dense)
+    )
     assert tree_allclose(solved, expected, rtol=1e-6)
 
 
@@ -182,7 +185,7 @@ def test_few_dimensions_gain_as_much_as_all(getkey):
     for rank in (4, 42):
         G = krylov_operator(rank, policy, o, o)
         g = jax.grad(critic, argnums=1)(o, o).reshape(-1)
-        step = G.damped_solve(g, jnp.mean(1 / variance) * 0.2)
+        step = damped_solve(G, g, jnp.mean(1 / variance) * 0.2, ff.NaturalStep().solver)
         # the gain per root of the cost, both to lowest order
         gains.append(jnp.dot(g, step) / jnp.sqrt(jnp.sum(step**2 / variance.reshape(-1))))
     assert gains[0] > 0.98 * gains[1]
