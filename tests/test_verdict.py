@@ -1,5 +1,7 @@
 """The certificate agrees with closed forms, or says that it does not know."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -28,9 +30,9 @@ def refined_at(time, num_steps=50, critic=critic, radius=0.3):
     return ff.refine(policy, critic, method, observations=observations)
 
 
-def certify(policy, critic=critic, **options):
-    options = dict(num_actions=512, num_witnesses=256, key=jr.key(1)) | options
-    return ff.certify(policy, critic, observations, **options)
+def certify(policy, critic=critic, **options: Any):
+    settings: dict[str, Any] = dict(num_actions=512, num_witnesses=256, key=jr.key(1))
+    return ff.certify(policy, critic, observations, **(settings | options))
 
 
 @pytest.fixture(scope="module")
