@@ -10,7 +10,7 @@ import scipy.linalg
 from helpers import dtypes, gaussian, Mixture, random_covariance, tree_allclose, within
 
 import fisher_flow as ff
-from fisher_flow._linalg import damped_solve
+from fisher_flow._linalg import damped_solve, WhitenedOperator
 from fisher_flow._linalg._krylov import arnoldi, KrylovPositivePart, trace_and_log_det
 
 
@@ -33,8 +33,8 @@ def krylov_operator(rank, *args):
     operator = ff.ObservedInformation(ff.PerturbedScore(0.95), rank=rank).operator(
         *args, key=jr.key(0)
     )
-    inner = getattr(operator, "operator", operator)  # in whitened entries
-    assert isinstance(inner, KrylovPositivePart)
+    assert isinstance(operator, WhitenedOperator)
+    assert isinstance(operator.operator, KrylovPositivePart)
     return operator
 
 
@@ -70,13 +70,14 @@ def test_at_full_rank_it_is_the_dense_metric(getkey):
     a, g = jr.normal(getkey(), (2, 5))
     metric = ff.ObservedInformation(ff.PerturbedScore(0.95))
     dense = metric.operator(policy, None, a, key=getkey())
+    assert isinstance(dense, WhitenedOperator)
     krylov = krylov_operator(5, policy, None, a)
     # The width of its corner is measured in the space, which is everything here.
     assert tree_allclose(krylov.as_matrix(), dense.as_matrix(), rtol=1e-6, atol=1e-8)
-    solved, expected = (
-        damped_solve(G, g, jnp.asarray(0.3), ff.NaturalStep().solver) for G in (krylov, dense)
-    )
-    assert tree_allclose(solved, expected, rtol=1e-6)
+    # The damping is a share of the precision of each entry.
+    damped = dense.as_matrix() + 0.3 * jnp.diag(1 / dense.whitening.deviations**2)
+    solved = damped_solve(krylov, g, jnp.asarray(0.3), ff.NaturalStep().solver)
+    assert tree_allclose(solved, jnp.linalg.solve(damped, g), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.3])

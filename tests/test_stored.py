@@ -165,7 +165,7 @@ def test_a_second_writer_leaves_the_first_alone(tmp_path):
     assert len(ff.open_transitions(tmp_path)) == 120
 
 
-@pytest.mark.skipif(_stored.fcntl is None, reason="locks are those of Unix")
+@pytest.mark.skipif(_stored.fcntl is None, reason="only Unix has these locks")
 def test_a_lock_ends_with_its_process(tmp_path):
     code = (
         "import sys, pathlib; from fisher_flow._data import _stored\n"

@@ -21,8 +21,17 @@ _TOLERANCE = 1e-3  # as a share of half the distance between the bounds
 
 
 # What h5py, NumPy, `zipfile` and `zlib` raise where a part of a file is damaged.
-_DAMAGE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError)
-_DAMAGE = (*_DAMAGE, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
+_DAMAGE = (
+    OSError,
+    RuntimeError,  # and so `NotImplementedError`
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def as_column(name: str, value: Any) -> Data:

@@ -23,7 +23,7 @@ def damped_solve(
 ) -> Float[Array, " size"]:
     """Solves `(operator + damping I) x = vector`; NaN where the operator is not finite.
 
-    The identity of a whitened operator is that of its own coordinates.
+    A whitened operator is damped in its own coordinates.
     """
     if isinstance(operator, WhitenedOperator):
         whitened = operator.whitening.whiten_gradient(vector)

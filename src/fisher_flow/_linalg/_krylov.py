@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Scalar
 from .._trees import fold_in_values
 from ._jacobian import rademacher_probes
 from ._positive_part import smooth_positive_part
+from ._registered import register_positive_semidefinite
 
 
 # Up to this many entries an action has dense Jacobians: they are exact, and not slower.
@@ -113,33 +114,7 @@ class KrylovPositivePart(lx.AbstractLinearOperator):
         return self.structure
 
 
-for _property in lx.is_symmetric, lx.is_positive_semidefinite:
-    _property.register(KrylovPositivePart)(lambda operator: True)
-
-
-for _property in (
-    lx.is_diagonal,
-    lx.is_tridiagonal,
-    lx.is_lower_triangular,
-    lx.is_upper_triangular,
-    lx.is_negative_semidefinite,
-    lx.has_unit_diagonal,
-):
-    _property.register(KrylovPositivePart)(lambda operator: False)
-
-
-lx.linearise.register(KrylovPositivePart)(lambda operator: operator)
-
-
-lx.conj.register(KrylovPositivePart)(lambda operator: operator)
-
-
-lx.diagonal.register(KrylovPositivePart)(lambda operator: jnp.diagonal(operator.as_matrix()))
-
-
-lx.materialise.register(KrylovPositivePart)(
-    lambda operator: lx.MatrixLinearOperator(operator.as_matrix(), lx.positive_semidefinite_tag)
-)
+register_positive_semidefinite(KrylovPositivePart)
 
 
 def masked_trace(

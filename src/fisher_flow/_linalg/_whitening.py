@@ -7,6 +7,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, Scalar
 
 from ._krylov import dense_limit
+from ._registered import register_positive_semidefinite
 
 
 class Whitening(eqx.Module):
@@ -135,20 +136,4 @@ def _product(matrix, vector):
     return matrix * vector if matrix.ndim == 1 else matrix @ vector
 
 
-for _property in lx.is_symmetric, lx.is_positive_semidefinite:
-    _property.register(WhitenedOperator)(lambda operator: True)
-for _property in (
-    lx.is_diagonal,
-    lx.is_tridiagonal,
-    lx.is_lower_triangular,
-    lx.is_upper_triangular,
-    lx.is_negative_semidefinite,
-    lx.has_unit_diagonal,
-):
-    _property.register(WhitenedOperator)(lambda operator: False)
-lx.linearise.register(WhitenedOperator)(lambda operator: operator)
-lx.conj.register(WhitenedOperator)(lambda operator: operator)
-lx.diagonal.register(WhitenedOperator)(lambda operator: jnp.diagonal(operator.as_matrix()))
-lx.materialise.register(WhitenedOperator)(
-    lambda operator: lx.MatrixLinearOperator(operator.as_matrix(), lx.positive_semidefinite_tag)
-)
+register_positive_semidefinite(WhitenedOperator)

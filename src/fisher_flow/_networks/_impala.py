@@ -108,7 +108,7 @@ class ImpalaEncoder(AbstractEncoder):
             raise ValueError(
                 "`observation` must have an image for `ImpalaEncoder`, of dtype uint8 and shape "
                 "(height, width, channels) or (frames, height, width, channels), but got "
-                f"{eqx.tree_pformat(observation)}. Write `encoder=None` if there is none, and "
+                f"{eqx.tree_pformat(observation)}. Write `encoder=None` without images, and "
                 "`(255 * image).astype(np.uint8)` for images between 0 and 1."
             )
         keys = jr.split(key, len(shapes))

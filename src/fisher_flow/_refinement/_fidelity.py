@@ -46,7 +46,7 @@ class Fidelity(eqx.Module):
 
     improvement: Scalar
     """The mean gain in the critic's value of the original policy, within the bounds, over the flow
-    underneath; NaN if there is none."""
+    underneath; NaN for a policy without a flow."""
 
     improvement_stderr: Scalar
     """Its standard error."""

@@ -117,10 +117,7 @@ class TiltedAction(AbstractPotential):
     ) -> tuple[Action, Action]:
         α, σ, α_dot, σ_dot = path.schedule(t)
 
-        def projected(x):
-            v = velocity(t, x)
-            return _projected_action(path, t, x, v), v
-
+        projected = _projection(path, velocity, t)
         if self.sigma_points:
             y, push, v = jax.linearize(projected, x, has_aux=True)
             _, g = critic(y)
@@ -180,10 +177,7 @@ class ProjectedAction(AbstractPotential):
         x: Action,
         strength: Scalar,
     ) -> tuple[Action, Action]:
-        def projected(x):
-            v = velocity(t, x)
-            return _projected_action(path, t, x, v), v
-
+        projected = _projection(path, velocity, t)
         if self.jacobian:
             y, pull, v = jax.vjp(projected, x, has_aux=True)
             (slope,) = pull(critic(y)[1])
@@ -236,10 +230,7 @@ class PosteriorMean(AbstractPotential):
         x: Action,
         strength: Scalar,
     ) -> tuple[Action, Action]:
-        def projected(x):
-            v = velocity(t, x)
-            return _projected_action(path, t, x, v), v
-
+        projected = _projection(path, velocity, t)
         y, pull, v = jax.vjp(projected, x, has_aux=True)
         α, σ = path.alpha(t), path.sigma(t)
         z = jr.normal(jr.key(0), (self.num_samples // 2, *x.shape), x.dtype)
@@ -286,10 +277,15 @@ TimeWeighted.__init__.__doc__ = """**Arguments:**
 """
 
 
-def _projected_action(path, t, x, v) -> Action:
-    """The posterior mean of the action, from the velocity."""
+def _projection(path, velocity, t) -> Callable[[Action], tuple[Action, Action]]:
+    """The posterior mean of the action as a function of the point, beside the velocity there."""
     α, σ, α_dot, σ_dot = path.schedule(t)
-    return (σ * v - σ_dot * x) / (σ * α_dot - α * σ_dot)
+
+    def projected(x):
+        v = velocity(t, x)
+        return (σ * v - σ_dot * x) / (σ * α_dot - α * σ_dot), v
+
+    return projected
 
 
 def _diffusivity(path, t) -> Scalar:

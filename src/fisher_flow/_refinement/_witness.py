@@ -155,7 +155,7 @@ def known_or_inf(log_ratio: Scalar) -> Scalar:
 
 
 def estimate_by_scores(by_scores: ByScores, observation: Any, key: PRNGKeyArray) -> Scalar:
-    """The estimate by scores; zero if there is none."""
+    """The estimate by scores, or zero without one."""
     return jnp.zeros(()) if by_scores is None else by_scores(observation, key)
 
 

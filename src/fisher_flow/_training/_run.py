@@ -75,8 +75,8 @@ class Run:
         self._settled = {x for x in (0, 100, 200, 400, 800, *range(1000, last, 1000)) if x < last}
 
     def resume(self, states: list[Any], **described: str) -> tuple[int, list[Any]]:
-        """The number and the states of the last checkpoint in the folder; 0 and these states if
-        there is none.
+        """The number and the states of the last checkpoint in the folder. A folder without a
+        checkpoint gives 0 and these states.
 
         **Arguments:**
 
