@@ -63,7 +63,7 @@ def damped_matrix(
 
 def mean_eigenvalue(operator: lx.AbstractLinearOperator, action: Array) -> Scalar:
     """The mean eigenvalue of a metric at an action: exact, or an estimate from one random probe,
-    to be averaged over actions. That of a whitened operator is in its own coordinates."""
+    to be averaged over actions. A whitened operator has it in its own coordinates."""
     if isinstance(operator, WhitenedOperator):
         varies = operator.whitening.varies.astype(action.dtype)
         return masked_trace(operator.operator, action, varies) / operator.whitening.rank
