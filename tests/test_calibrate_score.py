@@ -34,16 +34,22 @@ def test_criterion_of_a_gaussian(path):
     base = gaussian(np.zeros(size), variance * np.eye(size))
     actions = base.sample(4096, jr.key(0))
     score = calibrate(base.policy(path), actions)
-    r2 = jax.vmap(path.noise_ratio)(score.times) ** 2
-    second_moment = float(jnp.mean(actions**2))  # of the actions that were used
+    # The noise is a share of the deviation of the actions, which was measured.
+    factor, deviations = score.whitening.factor, score.whitening.deviations
+    r2 = (score.ratios * jnp.exp(jnp.mean(jnp.log(deviations)))) ** 2
     slopes = [-1 / (variance + r2), -2 / (variance + r2 / 2) + 1 / (variance + r2)]
-    expected = [size * (0.5 * b**2 * second_moment + b) for b in slopes]
+    # A score s is Lᵀ s in the coordinates a = L z.
+    square, trace = jnp.mean(jnp.sum((actions @ factor) ** 2, axis=1)), jnp.sum(factor**2)
+    expected = [0.5 * b**2 * square + b * trace for b in slopes]
     assert np.allclose(score.criterion, expected, rtol=1e-8)
     # A regression on the estimates accounts for all of the score of these actions, -a / E[a²], and
     # for a hundredth more by chance.
+    second_moment = float(jnp.mean(actions**2))
     errors = [np.abs(1 + second_moment * b) for b in slopes]
     assert np.allclose(score.relative_errors**2, np.square(errors), atol=0.02)
-    assert score.relative_error == score.relative_errors[score.order - 1, score.times == score.time]
+    chosen = score.relative_errors[score.order - 1, score.ratios == score.ratio]
+    assert score.relative_error == chosen
+    assert np.allclose(path.noise_ratio(score.time) ** 2, r2[score.ratios == score.ratio])
     assert score.relative_error**2 < 0.02
 
 
@@ -52,22 +58,23 @@ def test_chooses_the_least_error(size, path):
     mixture = bimodal()
     policy = ff.FlowPolicy(RoughVelocity(mixture.velocity(path), size), (2,), path=path)
     actions = mixture.sample(8192, jr.key(0))
-    true = jax.vmap(mixture.score)(actions)
+    score = calibrate(policy, actions)
+    whiten = jax.vmap(score.whitening.whiten_gradient)
+    true = whiten(jax.vmap(mixture.score)(actions))
 
     def error(score):
-        estimate = jax.jit(jax.vmap(lambda a: score(policy, None, a)))(actions)
+        estimate = whiten(jax.jit(jax.vmap(lambda a: score(policy, None, a)))(actions))
         return float(jnp.sqrt(jnp.sum((estimate - true) ** 2) / jnp.sum(true**2)))
 
-    score = calibrate(policy, actions)
-    errors = [
-        error(ff.PerturbedScore(time, order)) for order in (1, 2) for time in score.times[1::2]
-    ]
+    smallest = jnp.min(score.whitening.deviations)
+    times = [path.time_at_noise_ratio(ratio * smallest) for ratio in score.ratios[1::2]]
+    errors = [error(ff.PerturbedScore(time, order)) for order in (1, 2) for time in times]
     # The criterion is known up to the noise of 8192 actions.
     assert error(score) <= min(errors) + 0.02
     # And of less use would be the default.
     assert error(score) < 0.5 * error(ff.PerturbedScore(time=0.99, order=2))
-    # The information of the actions is known to a hundredth or two.
-    assert abs(error(score) ** 2 - score.relative_error**2) < 0.02
+    # Chance accounts for twentieths of the square, as the docstring says.
+    assert abs(error(score) ** 2 - score.relative_error**2) < 0.05
 
 
 def test_probes_estimate_the_same_criterion():

@@ -71,3 +71,10 @@ def test_time_at_noise_ratio_is_the_inverse(path, dtype):
     expected = t
     assert tree_allclose(jax.vmap(there_and_back)(t), expected, rtol=10 * ε, atol=10 * ε)
     assert tree_allclose(eqx.filter_jit(there_and_back)(t[3]), t[3], rtol=10 * ε, atol=10 * ε)
+
+
+def test_a_ratio_that_the_path_does_not_reach_is_at_its_end():
+    # This path keeps a trace of the data at time 0, and a floor of noise at time 1.
+    path = ff.VariancePreservingPath()
+    assert path.time_at_noise_ratio(jnp.asarray(1e-9, jnp.float32)) == 1
+    assert path.time_at_noise_ratio(1e9) < 1e-6

@@ -112,12 +112,18 @@ class AbstractAffineGaussianPath(eqx.Module):
     def time_at_noise_ratio(self, ratio: ScalarLike) -> Scalar:
         r"""The time at which $\sigma / \alpha$ equals `ratio`; inverse of `noise_ratio`.
 
-        It is found by bisection. Override the method if there is a closed form.
+        It is found by bisection. Override the method if there is a closed form. Where the path has
+        no such ratio, as one that ends before its noise does, it is the time at the nearer end.
         """
         ratio = lax.stop_gradient(jnp.asarray(ratio))
         ε = float(jnp.finfo(ratio.dtype).eps)
+
+        def excess(t, _):
+            inside = self.sigma(t) - ratio * self.alpha(t)
+            return jnp.where(t <= 0, 1, jnp.where(t >= 1, -1, inside))
+
         solution = optx.root_find(
-            lambda t, _: self.sigma(t) - ratio * self.alpha(t),
+            excess,
             optx.Bisection(rtol=2 * ε, atol=ε),
             jnp.full_like(ratio, 0.5),
             options=dict(lower=jnp.zeros_like(ratio), upper=jnp.ones_like(ratio)),

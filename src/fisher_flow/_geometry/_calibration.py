@@ -50,10 +50,10 @@ class CalibratedScore(AbstractScore):
 
     relative_error: Scalar
     r"""The predicted error $\sqrt{\mathbb E \|\hat s - s\|^2 / \mathbb E \|s\|^2}$ of the choice,
-    in coordinates in which the actions have covariance one. Expect it to be off by 0.05 or so, and
-    low for errors that all times have in common. Below 0.1 it says no more than that the error is
-    small: with 8192 actions, chance alone accounts for a hundredth of the information. At 1 a
-    score of zero would be as good."""
+    in coordinates in which the actions have covariance one. Expect its square to be off by 0.05 or
+    so: with 8192 actions, chance accounts for that much. So below 0.2 it says no more than that the
+    error is small. It is low for errors that all times have in common. At 1 a score of zero would
+    be as good."""
 
     ratio: Scalar
     """The noise that was chosen, as a share of the standard deviation of the actions."""

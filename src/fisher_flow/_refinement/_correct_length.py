@@ -25,7 +25,8 @@ def correct_length(
     score of its flow; the densities are exact. There are two KLs by densities: the KL of the flow,
     and the KL of the steps of its sampler. The larger one meets the radius, unless the steps differ
     so much from the flow that they are another policy. Nothing is done inside `jax.jit`, after
-    other maps, and where the densities are not known well.
+    other maps, where the densities are not known well, and where chance may account for the
+    difference.
     """
     method: Any = refined.method
     reached = refined.reached
@@ -42,6 +43,8 @@ def correct_length(
         witness = by_steps if follows and by_steps.kl > by_density.kl else by_density
         unknown = jnp.isnan(witness.kl) or float(witness.unknown) > 0.02
         if unknown or is_vague(witness) or not is_normalised(witness):
+            return refined
+        if abs(float(witness.difference)) <= 2 * float(witness.difference_stderr):
             return refined
         kl = float(witness.kl)
         # Folds may forbid a longer map, and a map that folds little may fold much when longer.
