@@ -158,8 +158,8 @@ def _steered_log_ratios(policy, base, observations, keys, by_scores) -> LogRatio
 
     def one(row):
         o, key = row
-        log_ratio = known_or_inf(policy.draw_and_log_ratio(o, key=key).log_ratio)
-        return log_ratio, estimate_by_scores(by_scores, o, key)
+        action, log_ratio = policy.draw_and_log_ratio(o, key=key)
+        return known_or_inf(log_ratio), estimate_by_scores(by_scores, o, action)
 
     return lax.map(one, (observations, keys), batch_size=64)
 

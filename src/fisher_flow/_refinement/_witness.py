@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree, Scalar
 
 from .._flows import AbstractFlowPolicy, FlowPolicy
 from .._geometry import (
@@ -26,14 +26,14 @@ from .._geometry import (
 )
 from .._linalg import value_and_jacobian
 from .._trees import as_entries
-from ._method import AbstractDisplacement, draw_from_flow
+from ._method import AbstractDisplacement
 from ._refined_policy import RefinedPolicy
 
 
 LogRatios: TypeAlias = tuple[Float[Array, " actions"], Float[Array, " actions"]]
 
-# `by_scores(observation, key)`: the KL at the action that is drawn with this key, by scores.
-# `None` if there is no estimate by scores.
+# `by_scores(observation, action)`: the KL by scores at an action of the flow. `None` if there is no
+# estimate by scores.
 ByScores: TypeAlias = Callable[[Any, Any], Scalar] | None
 
 # Densities of larger actions take a product for every entry and every step.
@@ -50,6 +50,9 @@ MOST_CORRECTED = 0.3
 
 # The share of actions whose density may be unknown, in addition to the share that folds.
 MOST_UNKNOWN = 0.01
+
+# How many times as many actions as were asked for are used at most.
+_MOST_CHUNKS = 8
 
 
 class Witness(eqx.Module):
@@ -82,13 +85,20 @@ def absent_witness(dtype: Any) -> Witness:
     return Witness(*(as_entries(np.nan, dtype) for _ in range(7)))
 
 
-def summarise(log_ratios: Float[Array, " actions"], by_scores: Float[Array, " actions"]) -> Witness:
-    """The KL from the log-ratios of single actions, and its difference from the KL by scores."""
+@eqx.filter_jit
+def summarise(
+    log_ratios: Float[Array, " actions"],
+    by_scores: Float[Array, " actions"],
+    num_drawn: Int[Array, ""],
+) -> Witness:
+    """The KL from the log-ratios of single actions, and its difference from the KL by scores. The
+    log-ratios after the first `num_drawn` are infinite."""
     kl, stderr = mean_log_ratio(log_ratios)
     difference, difference_stderr = mean_log_ratio(log_ratios, minus=by_scores)
     known = jnp.isfinite(log_ratios)
     inverse = jnp.where(known, jnp.exp(-jnp.where(known, log_ratios, 0)), 0)
-    count = jnp.maximum(jnp.sum(known, dtype=log_ratios.dtype), 2)
+    num_known = jnp.sum(known, dtype=log_ratios.dtype)
+    count = jnp.maximum(num_known, 2)
     mean = jnp.sum(inverse) / count
     variance = jnp.sum(jnp.where(known, (inverse - mean) ** 2, 0)) / (count - 1)
     return Witness(
@@ -96,13 +106,12 @@ def summarise(log_ratios: Float[Array, " actions"], by_scores: Float[Array, " ac
         kl_stderr=stderr,
         difference=difference,
         difference_stderr=difference_stderr,
-        unknown=1 - jnp.mean(known, dtype=log_ratios.dtype),
+        unknown=1 - num_known / num_drawn.astype(num_known.dtype),
         normalisation=mean,
         normalisation_stderr=jnp.sqrt(variance / count),
     )
 
 
-@eqx.filter_jit
 def in_continuous_time_log_ratios(
     policy: AbstractFlowPolicy,
     base: AbstractFlowPolicy,
@@ -113,12 +122,28 @@ def in_continuous_time_log_ratios(
     r"""$\log q(a) - \log p(a)$ at actions of a policy $q$, by the densities of two policies in
     continuous time; and the estimate by scores there. The log-ratio uses no score.
     """
+    share_flow = policy.flow_policy is base.flow_policy
+    return _in_continuous_time(policy, base, observations, keys, by_scores, share_flow)
 
+
+@eqx.filter_jit
+def _in_continuous_time(policy, base, observations, keys, by_scores, share_flow) -> LogRatios:
     def one(row):
         o, key = row
-        action, log_q = policy.draw_and_log_prob(o, key=key)
-        log_p: Array = base.log_prob(o, action)
-        return known_or_inf(log_q - log_p), estimate_by_scores(by_scores, o, key)
+        flow, base_flow = policy.flow_policy, base.flow_policy
+        b = flow.draw(o, key=key)
+        action, log_det = _mapped(policy, o, b)
+        c = base.to_flow(o, action)
+        _, base_log_det = _mapped(base, o, c)
+        found = jnp.all(jnp.isfinite(c))
+        c = jnp.where(found, c, b)  # solvers raise at what is not finite
+        if share_flow:  # one solve for both
+            log_p, base_log_p = jax.vmap(lambda b: flow.log_prob(o, b))(jnp.stack([b, c]))
+        else:
+            log_p, base_log_p = flow.log_prob(o, b), base_flow.log_prob(o, c)
+        log_ratio: Array = log_p - log_det - (base_log_p - base_log_det)
+        log_ratio = known_or_inf(jnp.where(found, log_ratio, jnp.nan))
+        return log_ratio, estimate_by_scores(by_scores, o, b)
 
     return lax.map(one, (observations, keys), batch_size=64)
 
@@ -144,7 +169,7 @@ def executed_log_ratios(
         _, base_log_det = _mapped(base, o, c)
         base_log_p = executed_log_prob(base_flow, base_flow.given(o), c, points)
         log_ratio = known_or_inf(log_p - log_det - (base_log_p - base_log_det))
-        return log_ratio, estimate_by_scores(by_scores, o, key)
+        return log_ratio, estimate_by_scores(by_scores, o, b)
 
     return lax.map(one, (observations, keys), batch_size=64)
 
@@ -154,9 +179,9 @@ def known_or_inf(log_ratio: Scalar) -> Scalar:
     return jnp.where(jnp.isnan(log_ratio), jnp.inf, log_ratio)
 
 
-def estimate_by_scores(by_scores: ByScores, observation: Any, key: PRNGKeyArray) -> Scalar:
-    """The estimate by scores, or zero without one."""
-    return jnp.zeros(()) if by_scores is None else by_scores(observation, key)
+def estimate_by_scores(by_scores: ByScores, observation: Any, action: Array) -> Scalar:
+    """The estimate by scores at an action of the flow, or zero without one."""
+    return jnp.zeros(()) if by_scores is None else by_scores(observation, action)
 
 
 def _mapped(policy, observation, action) -> tuple[Array, Scalar]:
@@ -191,20 +216,25 @@ def witness(
     - `key`: a `jax.random.key`.
     """
     length = jnp.shape(jax.tree.leaves(observations)[0])[0]
-    parts: list[LogRatios] = []
-    for i in range(8):  # in chunks of one size, so that there is one compilation
-        rows = (i * num_actions + jnp.arange(num_actions)) % length
+    columns: Any = None
+    # In chunks of one size, and filled into columns of one length, so that all is compiled once.
+    for i in range(_MOST_CHUNKS):
+        rows = (i * num_actions + np.arange(num_actions)) % length
         o = jax.tree.map(lambda leaf, rows=rows: leaf[rows], observations)
         keys = jr.split(jr.fold_in(key, i), num_actions)
-        parts.append(log_ratios(policy, base, o, keys, by_scores))
-        result = summarise(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
+        chunk = [np.asarray(x) for x in log_ratios(policy, base, o, keys, by_scores)]
+        if columns is None:
+            columns = [np.full(_MOST_CHUNKS * num_actions, np.inf, x.dtype) for x in chunk]
+        for column, part in zip(columns, chunk, strict=True):
+            column[i * num_actions : (i + 1) * num_actions] = part
+        result = summarise(*map(jnp.asarray, columns), jnp.asarray((i + 1) * num_actions))
         stderr = result.kl_stderr if by_scores is None else result.difference_stderr
-        if by_scores is None:
-            nothing = as_entries(np.nan, result.kl.dtype)
-            entries = lambda result: (result.difference, result.difference_stderr)
-            result = eqx.tree_at(entries, result, (nothing, nothing))
-        if stderr <= RELATIVE_ERROR * jnp.abs(result.kl):
+        if float(stderr) <= RELATIVE_ERROR * abs(float(result.kl)):
             break
+    if by_scores is None:
+        nothing = as_entries(np.nan, result.kl.dtype)
+        entries = lambda result: (result.difference, result.difference_stderr)
+        result = eqx.tree_at(entries, result, (nothing, nothing))
     return result
 
 
@@ -243,7 +273,7 @@ def witnesses(
             executed_log_ratios,
             refined,
             base,
-            by_scores=_ByScores(original),
+            by_scores=_ByScores(original, fixed),
             key=steps_key,
             **arguments,
         )
@@ -252,7 +282,7 @@ def witnesses(
         with_flow(refined, exact),
         with_flow(base, exact),
         by_scores=_ByScores(
-            with_flow(original, continuous_flow(original.flow_policy, action.dtype))
+            with_flow(original, continuous_flow(original.flow_policy, action.dtype)), fixed
         ),
         key=density_key,
         **arguments,
@@ -274,13 +304,17 @@ class _FreedDisplacement(AbstractDisplacement):
 
 
 class _ByScores(eqx.Module):
-    """The contribution of one action to the KL of a refined policy, by scores."""
+    """The contribution of one action of the flow to the KL of a refined policy, by scores."""
 
     refined: RefinedPolicy
+    is_constant: Bool[Array, "..."] | None
 
-    def __call__(self, observation: Any, key: PRNGKeyArray) -> Scalar:
+    def __call__(self, observation: Any, action: Any) -> Scalar:
         policy, measure = self.refined.policy, self.refined.method.measure
-        a, b = draw_from_flow(policy, observation, key)
+        b = action
+        if self.is_constant is not None:
+            b = jnp.where(self.is_constant, constants_at(policy.flow_policy, observation, b), b)
+        a = policy.from_flow(observation, b)
         field = lambda a: self.refined.displacement(observation, a)
         δ, J = measure.linearise(policy, field, a)
         return measure.terms(policy, observation, a, δ, J, b).kl
