@@ -303,39 +303,41 @@ def _calibrate(
         rows = (observations, actions, *columns)
         return lax.map(lambda row: function(*row), rows, batch_size=256)
 
-    def whitened_score(ratio, o, a):
-        """The score in the coordinates of the whitening, as a function of a displacement."""
-        times = _times(flow.path, whitening, groups, ratio)
+    def whitened_score(o, a):
+        """The score in the coordinates of the whitening, as a function of a ratio and of a
+        displacement."""
+        score_at = _score_at(flow, o)
 
-        def score(z):
+        def score(ratio, z):
+            times = _times(flow.path, whitening, groups, ratio)
             moved = a + whitening.colour(z).reshape(a.shape)
             estimator = lambda path, velocity, action: grouped_score(
                 path, velocity, action, times, 1, groups, whitening
             )
-            return whitening.whiten_gradient(flow.score(estimator, o, moved).reshape(-1))
+            return whitening.whiten_gradient(score_at(estimator, moved).reshape(-1))
 
         return score, jnp.zeros(a.size, a.dtype)
 
-    def score_and_divergence(ratio):
-        def of_one(o, a, key):
-            score, zero = whitened_score(ratio, o, a)
-            probes = None if num_probes is None else rademacher_probes(num_probes, zero, key)
-            return value_and_divergence(score, zero, probes)
-
-        return over_rows(of_one, keys)
+    def scores_and_divergences(o, a, key):
+        score, zero = whitened_score(o, a)
+        probes = None if num_probes is None else rademacher_probes(num_probes, zero, key)
+        at = lambda ratio: value_and_divergence(lambda z: score(ratio, z), zero, probes)
+        return lax.map(at, ratios)
 
     def energy_and_slopes(ratio, scores):
         """½|ŝ|², and its derivatives along all the scores."""
 
         def of_one(o, a, directions):
-            s, push = jax.linearize(*whitened_score(ratio, o, a))
+            score, zero = whitened_score(o, a)
+            s, push = jax.linearize(lambda z: score(ratio, z), zero)
             return 0.5 * jnp.sum(s**2), jax.vmap(lambda v: jnp.vdot(s, push(v)))(directions)
 
         return over_rows(of_one, jnp.moveaxis(scores, 0, 1))
 
     # Noise that halves in variance, so that the second order takes two neighbours.
     ratios = largest_ratio * 2.0 ** (-0.5 * jnp.arange(_NUM_RATIOS + 1, dtype=actions.dtype))
-    s, divergence = lax.map(score_and_divergence, ratios)
+    by_row = over_rows(scores_and_divergences, keys)
+    s, divergence = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), by_row)
     scores = jnp.stack([s[:-1], 2 * s[1:] - s[:-1]])
     divergences = jnp.stack([divergence[:-1], 2 * divergence[1:] - divergence[:-1]])
     losses = 0.5 * jnp.sum(scores**2, axis=3) + divergences
@@ -358,6 +360,14 @@ def _calibrate(
         groups=groups,
         times=times,
     )
+
+
+def _score_at(flow: AbstractFlowPolicy, observation: Any) -> Callable[..., Action]:
+    """The score at one observation, which is encoded here and not at every call."""
+    if not isinstance(flow, FlowPolicy):
+        return lambda estimator, action: flow.score(estimator, observation, action)
+    velocity = flow.given(observation)
+    return lambda estimator, action: estimator(flow.path, velocity, action)
 
 
 def _choice(

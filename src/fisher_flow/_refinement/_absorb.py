@@ -47,14 +47,12 @@ def absorb(
         critic = lambda observation, action: -jnp.sum((action - observation) ** 2)
         observations = jax.random.normal(jax.random.key(1), (256, 2))
 
-        refined = fisher_flow.refine(policy, critic, observations=observations)
-        best = fisher_flow.BestOf(refined, critic, 8)
+        best = fisher_flow.BestOf(policy, critic, 8)
         absorbed, fidelity = fisher_flow.absorb(
             best, observations, num_samples=1024, num_updates=100, progress=False,
             key=jax.random.key(2),
         )
         print(fidelity)
-        again = fisher_flow.refine(absorbed, critic, observations=observations)
         ```
 
     **Arguments:**
