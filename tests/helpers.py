@@ -108,7 +108,7 @@ def agents(**sizes):
         ff.OneStep(flow=flow, critic=by_histogram, refinement=None),
         ff.ImplicitQLearning(flow=flow, critic=by_difference, num_candidates=4),
         ff.FlowQLearning(flow=flow, critic=by_flow),
-        ff.FisherDecorator(flow=flow, critic=by_difference),
+        ff.FisherDecorator(flow=flow, critic=by_difference, num_witnesses=0),
     ]
 
 

@@ -450,7 +450,10 @@ def test_moves_as_far_as_the_radius_allows():
     policy = trained.policy()
     assert 0.1 < mean_action(policy) < 0.75
     report = ff.certify(policy, policy.critic, np.zeros((256, 1), np.float32), key=jr.key(0))
-    assert 0.2 < report.kl < 1.0 and report.improvement > 0.5
+    assert report.improvement > 0.5
+    # The KL of the flow or of what acts, whichever is larger, is the radius.
+    largest = max((report.by_density, report.by_steps), key=lambda witness: float(witness.kl))
+    assert abs(largest.kl - 0.5) < 0.05 + 2 * largest.kl_stderr
     # The time of the score was settled, and on the way.
     score = trained.states[0].metric.score
     assert isinstance(score, ff.CalibratedScore) and 0 < score.relative_error < 0.5

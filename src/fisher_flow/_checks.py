@@ -50,6 +50,15 @@ def check_positive_integer(name: str, value: Any, example: int) -> None:
         )
 
 
+def check_count(name: str, value: Any, example: int) -> None:
+    """Refuses anything but a positive integer or zero."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(
+            f"`{name}` must be an integer of at least 0, but got `{value!r}`. "
+            f"Write `{name}={example}`."
+        )
+
+
 def check_at_least(
     name: str, value: Any, minimum: float, example: float, maximum: float = math.inf
 ) -> None:

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._checks import check_at_least, check_instance, check_positive_integer
+from .._checks import check_at_least, check_count, check_instance, check_positive_integer
 from .._data import Transitions
 from .._flows import AbstractPolicy
 from .._geometry import (
@@ -25,7 +25,7 @@ from .._geometry import (
     unsettled_score,
 )
 from .._networks import zero_network
-from .._refinement import BestOf, NetworkDisplacement, RefinedPolicy, Residual
+from .._refinement import at_radius, BestOf, NetworkDisplacement, RefinedPolicy, Residual
 from .._values import AbstractCriticLearning, CriticLearner, TemporalDifference
 from ._agent import AbstractAgent, check_parts, require_next_actions
 from ._behaviour_flow import BehaviourFlow
@@ -50,7 +50,9 @@ class FisherDecorator(AbstractAgent):
 
     where the metric says what a displacement costs (a score to which no time was given is calibrated
     to the flow as it is learned, by [`fisher_flow.calibrate_score`][]), and the multiplier $\lambda$ rises while the
-    mean cost is above the radius $\epsilon$ and falls while it is below. With [`fisher_flow.Euclidean`][] and
+    mean cost is above the radius $\epsilon$ and falls while it is below. The cost is a prediction of the
+    KL, on a batch. So the policy that is made of the agent is scaled until its *measured* KL meets the
+    radius, as in [`fisher_flow.Residual`][]. With [`fisher_flow.Euclidean`][] and
     one candidate it is DeFlow.
 
     Logs `flow_loss`, `critic_loss`, `q_mean`, `q_max`, `cost` (settles at the radius; in nats for
@@ -80,6 +82,7 @@ class FisherDecorator(AbstractAgent):
     critic: AbstractCriticLearning = TemporalDifference()
     from_data: bool = eqx.field(default=False, static=True)
     num_candidates: int = eqx.field(default=2, static=True)
+    num_witnesses: int = eqx.field(default=512, static=True)
     learning_rate: ScalarLike = 3e-4
 
     def __check_init__(self):
@@ -87,6 +90,7 @@ class FisherDecorator(AbstractAgent):
         check_at_least("radius", self.radius, 0, 0.5)
         check_parts(self.flow, self.critic, self.learning_rate)
         check_positive_integer("num_candidates", self.num_candidates, 1)
+        check_count("num_witnesses", self.num_witnesses, 512)
 
     @staticmethod
     def paper(radius: ScalarLike = 0.001, **options: Any) -> "FisherDecorator":
@@ -201,12 +205,17 @@ class FisherDecorator(AbstractAgent):
     def policy(
         self, state: FisherDecoratorState, observations: PyTree[Array], *, key: Any
     ) -> AbstractPolicy:
-        del observations, key
-        critic = state.critic.model
-        displacement = NetworkDisplacement(state.residual.model, jnp.ones_like(state.log_dual))
-        refined = RefinedPolicy(
-            self.flow.policy(state.flow), critic, displacement, Residual(state.metric, self.radius)
+        flow, critic, network = (
+            self.flow.policy(state.flow),
+            state.critic.model,
+            state.residual.model,
         )
+        method = Residual(state.metric, self.radius, num_witnesses=self.num_witnesses)
+        if has_open_score(self.metric):
+            refined = at_radius(method, flow, critic, network, observations, key=key)
+        else:  # a published cost is not in nats: the dual alone holds it to the radius
+            displacement = NetworkDisplacement(network, jnp.ones_like(state.log_dual))
+            refined = RefinedPolicy(flow, critic, displacement, method)
         return refined if self.num_candidates == 1 else BestOf(refined, critic, self.num_candidates)
 
 
@@ -225,6 +234,8 @@ FisherDecorator.__init__.__doc__ = r"""**Arguments:**
     best of them by the critic, since a local map cannot move an action from one mode (a peak of the
     density) to another. That spends at most [`BestOf.kl_bound`][fisher_flow.BestOf] more. More than
     two gained return on HalfCheetah, lost much on cube-single and lost a little on Pendulum.
+- `num_witnesses`: the number of actions on which the KL is measured by densities when the policy is
+    made, as in [`fisher_flow.Residual`][].
 - `learning_rate`: the rate of Adam for the critic and the residual.
 """
 

@@ -22,7 +22,11 @@ from ._potentials import (
 )
 from ._refine import refine as refine
 from ._refined_policy import RefinedPolicy as RefinedPolicy
-from ._residual import NetworkDisplacement as NetworkDisplacement, Residual as Residual
+from ._residual import (
+    at_radius as at_radius,
+    NetworkDisplacement as NetworkDisplacement,
+    Residual as Residual,
+)
 from ._selections import (
     AbstractSelection as AbstractSelection,
     BestOf as BestOf,

@@ -8,7 +8,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
-from .._checks import batch_length, check_at_least, check_instance, check_positive_integer
+from .._checks import (
+    batch_length,
+    check_at_least,
+    check_count,
+    check_instance,
+    check_positive_integer,
+)
 from .._custom_types import Critic
 from .._flows import FlowPolicy
 from .._geometry import CalibratedScore, in_continuous_time
@@ -42,6 +48,7 @@ def certify(
     num_witnesses: int = 512,
     level: float = 0.95,
     throw: bool = False,
+    progress: bool = True,
     key: PRNGKeyArray,
 ) -> Certificate:
     r"""Measures what a policy costs and gains, on actions drawn afresh.
@@ -77,6 +84,8 @@ def certify(
         entries.
     - `level`: the level of the upper confidence limits.
     - `throw`: whether to raise an error if the promise does not hold.
+    - `progress`: whether to show progress, after three seconds: the estimate by scores is one part,
+        and so are every `num_witnesses` actions of an estimate by densities.
     - `key`: a `jax.random.key`.
 
     **Returns:**
@@ -90,18 +99,20 @@ def certify(
     """
     check_critic(critic)
     check_positive_integer("num_actions", num_actions, 4096)
-    if num_witnesses != 0:
-        check_positive_integer("num_witnesses", num_witnesses, 512)
+    check_count("num_witnesses", num_witnesses, 512)
     check_at_least("level", level, 0.5, 0.95, maximum=0.9999)
     length = batch_length("observations", observations)
     row_key, key = jr.split(key)
     rows = jr.permutation(row_key, length)[:num_actions]
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
-    settings = num_actions, num_witnesses, float(level)
-    if base is None and not isinstance(policy, SteeredPolicy):
-        certificate = _certify_refined(policy, critic, observations, settings, key)
-    else:
-        certificate = certify_pair(policy, base, critic, observations, settings, key)
+    from tqdm.auto import tqdm  # only here: it is slow to import
+
+    with tqdm(desc="certify", unit=" parts", delay=3, disable=not progress) as bar:
+        settings = num_actions, num_witnesses, float(level), bar.update
+        if base is None and not isinstance(policy, SteeredPolicy):
+            certificate = _certify_refined(policy, critic, observations, settings, key)
+        else:
+            certificate = certify_pair(policy, base, critic, observations, settings, key)
     if throw and not certificate.holds:
         raise RuntimeError(f"The promise of the policy does not hold.\n{certificate}")
     return certificate
@@ -118,14 +129,15 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
         )
     refined = _refined(policy)
     check_instance("policy", refined, RefinedPolicy, "fisher_flow.refine(policy, critic)")
-    num_actions, num_witnesses, level = settings
+    num_actions, num_witnesses, level, tick = settings
     length = batch_length("observations", observations)
     measured = in_continuous_time(refined, observations, key=key)
     certified = measured
     if isinstance(policy, AbstractSelection):
         certified = eqx.tree_at(lambda policy: policy.policy, policy, measured)
     found = _measure(certified, critic, observations, -(-num_actions // length), key)
-    by_density, by_steps = witnesses(refined, observations, num_witnesses, key=key)
+    tick()
+    by_density, by_steps = witnesses(refined, observations, num_witnesses, tick, key=key)
     num_drawn = found["gains"].size
     folded = float(found["folded"])
     upper = binomial_limit(round(folded * num_drawn), num_drawn, level)

@@ -46,7 +46,7 @@ from ._witness import (
 
 def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> Certificate:
     """The certificate of a policy against another policy."""
-    num_actions, num_witnesses, level = settings
+    num_actions, num_witnesses, level, tick = settings
     steered = base is None
     policy: Any = _policy(given)
     base = _policy(policy.policy if steered else base)
@@ -61,25 +61,23 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
     absent = absent_witness(action.dtype)
     gain_key, density_key, steps_key = jr.split(key, 3)
     gains, finite = _gains(policy, base, critic, observations, -(-num_actions // length), gain_key)
-    arguments = dict(observations=observations, num_actions=max(num_witnesses, 32))
+    tick()
+    arguments: Any = dict(
+        observations=observations, num_actions=max(num_witnesses, 32), tick=tick, by_scores=None
+    )
     by_density = by_steps = absent
     dense = action.size <= largest_size and num_witnesses > 0
     has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (policy, base))
     if has_densities and dense:
         q, p = (_in_continuous_time(_plain(x), action.dtype) for x in (policy, base))
-        by_density = witness(
-            in_continuous_time_log_ratios, q, p, by_scores=None, key=density_key, **arguments
-        )
+        by_density = witness(in_continuous_time_log_ratios, q, p, key=density_key, **arguments)
     if steered and isinstance(policy.log_ratio, ExecutedLogRatio):
-        by_steps = witness(
-            _steered_log_ratios, policy, base, by_scores=None, key=steps_key, **arguments
-        )
+        by_steps = witness(_steered_log_ratios, policy, base, key=steps_key, **arguments)
     elif has_densities and dense and has_executed_density(_plain(policy), _plain(base)):
         by_steps = witness(
             executed_log_ratios,
             _plain(policy),
             _plain(base),
-            by_scores=None,
             key=steps_key,
             **arguments,
         )

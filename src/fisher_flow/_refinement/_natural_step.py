@@ -9,7 +9,13 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike, UInt32
 
-from .._checks import batch_length, check_at_least, check_instance, check_positive_integer
+from .._checks import (
+    batch_length,
+    check_at_least,
+    check_count,
+    check_instance,
+    check_positive_integer,
+)
 from .._custom_types import Action, Critic, Observation
 from .._flows import AbstractFlowPolicy
 from .._geometry import (
@@ -94,6 +100,7 @@ class NaturalStep(AbstractTransport):
         check_positive_integer("num_steps", self.num_steps, 1)
         check_positive_integer("num_auxiliary", self.num_auxiliary, 64)
         check_positive_integer("num_calibration", self.num_calibration, 16_384)
+        check_count("num_witnesses", self.num_witnesses, 512)
         check_instance(
             "solver", self.solver, lx.AbstractLinearSolver, "lineax.AutoLinearSolver(True)"
         )

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._checks import check_at_least, check_positive_integer
+from .._checks import check_at_least, check_count, check_positive_integer
 from .._custom_types import Action, Critic, Observation
 from .._fit import apply_gradient, fit
 from .._flows import AbstractFlowPolicy
@@ -107,6 +107,7 @@ class Residual(AbstractTransport):
         check_at_least("learning_rate", self.learning_rate, 0, 1e-3)
         check_at_least("damping", self.damping, 0, 0.1)
         check_at_least("max_folded", self.max_folded, 0, 0.01)
+        check_count("num_witnesses", self.num_witnesses, 512)
 
     def fit(
         self,
@@ -159,11 +160,7 @@ class Residual(AbstractTransport):
             progress=self.progress,
             description=f"residual, {type(self.metric).__name__}",
         )
-        scale, reached = _final_scale(self, measured, network, observations, calibration_key)
-        displacement = NetworkDisplacement(network, scale)
-        refined = RefinedPolicy(measured, critic, displacement, self, reached)
-        refined = correct_length(refined, observations, self.num_witnesses, key=calibration_key)
-        return with_flow(refined, policy.flow_policy)
+        return at_radius(self, policy, critic, network, observations, key=calibration_key)
 
 
 Residual.__init__.__doc__ = r"""**Arguments:**
@@ -314,6 +311,24 @@ def _update(args, state, key, step):
     log_dual = log_dual + 0.05 * violation
     logs = {"gain": gain, "kl": kl, "log_dual": log_dual}
     return (network, optimiser_state, log_dual, kl), logs
+
+
+def at_radius(
+    method: Residual,
+    policy: AbstractFlowPolicy,
+    critic: Critic,
+    network: Callable[[Any, Any], Any],
+    observations: PyTree[Any],
+    *,
+    key: PRNGKeyArray,
+) -> RefinedPolicy:
+    """A trained network as a refinement, at the scale at which the measured KL meets the radius."""
+    measured = in_continuous_time(policy, observations, key=key)
+    scale, reached = _final_scale(method, measured, network, observations, key)
+    displacement = NetworkDisplacement(network, scale)
+    refined = RefinedPolicy(measured, critic, displacement, method, reached)
+    refined = correct_length(refined, observations, method.num_witnesses, key=key)
+    return with_flow(refined, policy.flow_policy)
 
 
 @eqx.filter_jit

@@ -202,6 +202,7 @@ def witness(
     by_scores: ByScores,
     *,
     num_actions: int,
+    tick: Callable[[], Any] = lambda: None,
     key: PRNGKeyArray,
 ) -> Witness:
     """Measures a KL by one of the two functions above, on as many actions as are needed.
@@ -213,6 +214,7 @@ def witness(
     - `observations`: a batch of observations.
     - `by_scores`: the estimate by scores to compare with.
     - `num_actions`: the number of actions to begin with; at most eight times as many are used.
+    - `tick`: called after each part of so many actions.
     - `key`: a `jax.random.key`.
     """
     length = jnp.shape(jax.tree.leaves(observations)[0])[0]
@@ -227,7 +229,9 @@ def witness(
             columns = [np.full(_MOST_CHUNKS * num_actions, np.inf, x.dtype) for x in chunk]
         for column, part in zip(columns, chunk, strict=True):
             column[i * num_actions : (i + 1) * num_actions] = part
-        result = summarise(*map(jnp.asarray, columns), jnp.asarray((i + 1) * num_actions))
+        tick()
+        num_drawn = jnp.asarray((i + 1) * num_actions)
+        result = summarise(jnp.asarray(columns[0]), jnp.asarray(columns[1]), num_drawn)
         stderr = result.kl_stderr if by_scores is None else result.difference_stderr
         if float(stderr) <= RELATIVE_ERROR * abs(float(result.kl)):
             break
@@ -242,6 +246,7 @@ def witnesses(
     refined: RefinedPolicy,
     observations: PyTree[Any],
     num_witnesses: int,
+    tick: Callable[[], Any] = lambda: None,
     *,
     key: PRNGKeyArray,
 ) -> tuple[Witness, Witness]:
@@ -267,7 +272,7 @@ def witnesses(
     by_steps = absent
     executed = has_executed_density(refined, base)
     exact = continuous_flow(flow, action.dtype)
-    arguments = dict(observations=observations, num_actions=num_witnesses)
+    arguments: Any = dict(observations=observations, num_actions=num_witnesses, tick=tick)
     if executed:
         by_steps = witness(
             executed_log_ratios,
@@ -311,7 +316,7 @@ class _ByScores(eqx.Module):
 
     def __call__(self, observation: Any, action: Any) -> Scalar:
         policy, measure = self.refined.policy, self.refined.method.measure
-        b = action
+        b: Array = action
         if self.is_constant is not None:
             b = jnp.where(self.is_constant, constants_at(policy.flow_policy, observation, b), b)
         a = policy.from_flow(observation, b)
