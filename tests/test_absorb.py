@@ -86,7 +86,9 @@ def learned_flow(key, num_updates=1500):
 @pytest.fixture(scope="module")
 def refined():
     with jax.numpy_dtype_promotion("standard"):
-        return ff.refine(learned_flow(jr.key(0)), linear, observations=observations, key=jr.key(1))
+        method = ff.NaturalStep(num_witnesses=0)
+        flow = learned_flow(jr.key(0))
+        return ff.refine(flow, linear, method, observations=observations, key=jr.key(1))
 
 
 @eqx.filter_jit

@@ -434,7 +434,12 @@ def mean_action(policy):
 @pytest.mark.parametrize(
     "agent, least",
     [
-        (ff.ImplicitQLearning(refinement=ff.NaturalStep(), num_candidates=4, **small), 0.35),
+        (
+            ff.ImplicitQLearning(
+                refinement=ff.NaturalStep(num_witnesses=0), num_candidates=4, **small
+            ),
+            0.35,
+        ),
         (ff.FlowQLearning(coefficient=5.0, **small), 0.35),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, ff.AbstractAgent) else str(x),

@@ -65,7 +65,9 @@ def test_refines_through_the_squashing(getkey):
     # The same policy without bounds, and the squashing in its critic.
     squashed = lambda o, u: critic(o, jnp.tanh(u))
     score = ff.PerturbedScore(0.95)
-    method = ff.NaturalStep(ff.ObservedInformation(score), 0.1, num_calibration=256)
+    method = ff.NaturalStep(
+        ff.ObservedInformation(score), 0.1, num_calibration=256, num_witnesses=0
+    )
     observations = jnp.zeros((8, 1))
     one = ff.refine(policy, critic, method, observations=observations)
     other = ff.refine(base.policy(), squashed, method, observations=observations)

@@ -105,7 +105,7 @@ def test_refine_calibrates_where_no_time_was_given():
     actions = bimodal(jnp.float32).sample(64, jr.key(0))
 
     def scores(metric, **options):
-        method = ff.NaturalStep(metric, 0.1, num_calibration=64)
+        method = ff.NaturalStep(metric, 0.1, num_calibration=64, num_witnesses=0)
         method: Any = ff.refine(policy, critic, method, **options).method
         return method.metric.score, method.measure.score
 
@@ -121,7 +121,8 @@ def test_refine_calibrates_where_no_time_was_given():
 
 def test_a_chain_calibrates_the_flow_underneath():
     policy, critic = bimodal(jnp.float32).policy(), Critic([1.0, 0.5], jnp.float32)
-    method = ff.NaturalStep(radius=jnp.asarray(0.05, jnp.float32), num_calibration=64)
+    radius = jnp.asarray(0.05, jnp.float32)
+    method = ff.NaturalStep(radius=radius, num_calibration=64, num_witnesses=0)
     refined = ff.refine(policy, critic, method, observations=jnp.zeros((64, 2), jnp.float32))
     actions = bimodal(jnp.float32).sample(64, jr.key(0))
     assert eqx.tree_equal(calibrate(refined, actions), calibrate(policy, actions))
@@ -129,7 +130,8 @@ def test_a_chain_calibrates_the_flow_underneath():
 
 def test_certificate_says_which_score(getkey):
     policy, critic = bimodal(jnp.float32).policy(), Critic([1.0, 0.5], jnp.float32)
-    method = ff.NaturalStep(radius=jnp.asarray(0.05, jnp.float32), num_calibration=64)
+    radius = jnp.asarray(0.05, jnp.float32)
+    method = ff.NaturalStep(radius=radius, num_calibration=64, num_witnesses=0)
     observations = jnp.zeros((64, 2), jnp.float32)
     refined = ff.refine(policy, critic, method, observations=observations)
     report = ff.certify(

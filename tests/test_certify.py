@@ -14,18 +14,18 @@ import fisher_flow as ff
 g = np.array([0.8, -0.5])
 
 
-def certificate(dtype, *, radius=0.2, num_observations=64, damping=1e-6):
+def certificate(dtype, *, radius=0.2, num_observations=64, damping=1e-6, num_witnesses=0):
     policy, critic = shifted_policy(correlated(dtype)), Critic(g, dtype)
     observations = jr.normal(jr.key(7), (num_observations, 2), dtype)
     method = natural_step(dtype, radius=radius, damping=damping, smoothing=0.0)
     calibration = jr.normal(jr.key(8), (64, 2), dtype)
     refined = ff.refine(policy, critic, method, observations=calibration)
-    return ff.certify(refined, critic, observations, key=jr.key(9))
+    return ff.certify(refined, critic, observations, num_witnesses=num_witnesses, key=jr.key(9))
 
 
 @pytest.fixture(scope="module")
 def report():
-    return certificate(jnp.float64)
+    return certificate(jnp.float64, num_witnesses=64)
 
 
 def test_gaussian_policy_and_linear_critic(report):
@@ -54,7 +54,7 @@ def test_dtype(dtype):
 
 
 def test_zero_radius_costs_and_gains_exactly_nothing():
-    report = certificate(jnp.float64, radius=0.0)
+    report = certificate(jnp.float64, radius=0.0, num_witnesses=64)
     assert report.kl == report.kl_predicted == report.improvement == report.stein == 0
     assert report.folded == 0 and np.all(report.gains == 0)
 
@@ -70,7 +70,7 @@ def test_standard_errors_over_observations_and_over_actions(report):
 
 
 def test_the_same_key_gives_the_same_certificate(report):
-    assert eqx.tree_equal(certificate(jnp.float64), report)
+    assert eqx.tree_equal(certificate(jnp.float64, num_witnesses=64), report)
 
 
 def test_prints_as_a_table(report):
@@ -102,7 +102,12 @@ def test_totals_of_a_choice_after_a_step(n):
     method = natural_step(jnp.float64, radius=0.2, smoothing=0.0)
     refined = ff.refine(policy, critic, method, observations=jnp.zeros((64, 1)))
     report = ff.certify(
-        ff.BestOf(refined, critic, n), critic, jnp.zeros((256, 1)), num_actions=8192, key=jr.key(0)
+        ff.BestOf(refined, critic, n),
+        critic,
+        jnp.zeros((256, 1)),
+        num_actions=8192,
+        num_witnesses=0,
+        key=jr.key(0),
     )
     x, dx = np.linspace(-6, 8, 4001, retstep=True)
     shift = np.sqrt(2 * 0.2 * 0.5)
@@ -125,7 +130,9 @@ def test_totals_of_resampling_after_a_step():
     method = natural_step(jnp.float64, radius=0.2, smoothing=0.0)
     refined = ff.refine(policy, critic, method, observations=jnp.zeros((64, 1)))
     chosen = ff.Resample(refined, critic, 0.1, n=256)
-    report = ff.certify(chosen, critic, jnp.zeros((64, 1)), num_actions=2**15, key=jr.key(0))
+    report = ff.certify(
+        chosen, critic, jnp.zeros((64, 1)), num_actions=2**15, num_witnesses=0, key=jr.key(0)
+    )
     deviations = np.sqrt(2 * 0.2) + np.sqrt(2 * 0.1)
     # A choice among 256 gains a little less than one among all.
     assert np.allclose(report.total_kl, deviations**2 / 2, rtol=0.05)
@@ -138,7 +145,9 @@ def test_a_critic_that_is_broken_in_places_has_totals():
     method = natural_step(jnp.float64, radius=0.05)
     refined = ff.refine(policy, value, method, observations=jnp.zeros((64, 2)))
     best = ff.BestOf(refined, value, 4)
-    report = ff.certify(best, value, jnp.zeros((32, 2)), num_actions=512, key=jr.key(0))
+    report = ff.certify(
+        best, value, jnp.zeros((32, 2)), num_actions=512, num_witnesses=0, key=jr.key(0)
+    )
     assert report.total_improvement > 0 and np.isfinite(report.total_kl)
     assert report.non_finite > 0
 

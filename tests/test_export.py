@@ -26,7 +26,7 @@ def critic(observation, action):
 def policies():
     base = bimodal(jnp.float32).policy(bounds=(-2.0, 2.0))
     method = ff.NaturalStep(
-        ff.ObservedInformation(ff.PerturbedScore(0.95)), 0.2, num_calibration=128
+        ff.ObservedInformation(ff.PerturbedScore(0.95)), 0.2, num_calibration=128, num_witnesses=0
     )
     observations = jnp.zeros((8, 3), jnp.float32)
     refined = ff.refine(base, critic, method, observations=observations)
@@ -78,7 +78,7 @@ def test_chunks_and_dictionaries():
 
     policy = ff.FlowPolicy(velocity, (6, 7))
     method = ff.NaturalStep(
-        ff.ObservedInformation(ff.PerturbedScore(0.95)), 0.2, num_calibration=16
+        ff.ObservedInformation(ff.PerturbedScore(0.95)), 0.2, num_calibration=16, num_witnesses=0
     )
     observations = {"goal": jnp.zeros((8, 7))}
     refined = ff.refine(policy, lambda o, a: jnp.sum(jnp.sin(a)), method, observations=observations)

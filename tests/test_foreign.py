@@ -212,9 +212,11 @@ def test_an_observation_may_be_a_dictionary_with_an_image():
     }
     value = lambda o, a: critic(o["state"], a)
     metric = ff.ObservedInformation(ff.PerturbedScore(0.9))
-    method = ff.NaturalStep(metric, radius=0.1, num_calibration=256)
+    method = ff.NaturalStep(metric, radius=0.1, num_calibration=256, num_witnesses=0)
     refined = ff.refine(policy, value, method, observations=observations)
-    certificate = ff.certify(refined, value, observations, num_actions=256, key=jr.key(2))
+    certificate = ff.certify(
+        refined, value, observations, num_actions=256, num_witnesses=0, key=jr.key(2)
+    )
     assert certificate.kl < 0.13 and certificate.improvement > 0
 
 
@@ -300,9 +302,8 @@ def test_inside_shard_map():
     policy = ff.FlowPolicy(Partial(apply, parameters), (2,))
     critic = lambda o, a: -jnp.sum((a - o) ** 2)
     observations, keys = jr.normal(jr.key(1), (32, 2)), jr.split(jr.key(2), 32)
-    refined = ff.refine(
-        policy, critic, ff.NaturalStep(num_calibration=128), observations=observations
-    )
+    method = ff.NaturalStep(num_calibration=128, num_witnesses=0)
+    refined = ff.refine(policy, critic, method, observations=observations)
     place = jax.sharding.NamedSharding(mesh, P("data"))
     observations, keys = jax.device_put(observations, place), jax.device_put(keys, place)
     act = jax.vmap(lambda o, key: refined.sample(o, key=key))
@@ -314,7 +315,7 @@ def test_inside_shard_map():
     assert jnp.allclose(actions, act(observations, keys), atol=1e-5)
 
     def refine_and_act(o, keys):  # every device refines for its own observations
-        method = ff.NaturalStep(num_calibration=64)
+        method = ff.NaturalStep(num_calibration=64, num_witnesses=0)
         refined = ff.refine(policy, critic, method, observations=o)
         return jax.vmap(lambda o, key: refined.sample(o, key=key))(o, keys)
 

@@ -154,7 +154,10 @@ def test_a_step_of_a_chunk_meets_its_radius(getkey):
     critic = lambda o, a: jnp.sum(weights * (a - o)) - jnp.mean((a - o) ** 2)
     score = ff.PerturbedScore(time=jnp.asarray(0.97, dtype))
     method = ff.NaturalStep(
-        ff.ObservedInformation(score), jnp.asarray(0.3, dtype), num_calibration=512
+        ff.ObservedInformation(score),
+        jnp.asarray(0.3, dtype),
+        num_calibration=512,
+        num_witnesses=0,
     )
     refined = ff.refine(policy, critic, method, observations=observations, key=getkey())
     certificate = ff.certify(

@@ -196,7 +196,7 @@ def test_gradients_through_a_solve_reach_the_encoder(learned, getkey):
 def test_the_rest_of_the_library_sees_observations(learned, tmp_path, getkey):
     policy, critic, _ = learned
     observations = jax.tree.map(jnp.asarray, transitions().observations)
-    method = ff.NaturalStep(radius=0.1, num_calibration=32)
+    method = ff.NaturalStep(radius=0.1, num_calibration=32, num_witnesses=0)
     refined = ff.refine(policy, critic, method, observations=observations)
     # With a radius of zero its network is made, and not trained.
     residual = ff.Residual(radius=0.0, width_size=8, depth=1, encoder=encoder)

@@ -19,7 +19,10 @@ covariance = np.asarray(correlated().covariances[0])
 def drawn():
     policy = shifted_policy(gaussian(correlated().means[0], covariance), num_steps=20)
     method = ff.NaturalStep(
-        ff.ObservedInformation(ff.PerturbedScore(time=0.99), smoothing=0.0), 0.2, damping=0.1
+        ff.ObservedInformation(ff.PerturbedScore(time=0.99), smoothing=0.0),
+        0.2,
+        damping=0.1,
+        num_witnesses=0,
     )
     critic = Critic([0.8, -0.5], jnp.float64)
     observations = jr.normal(jr.key(0), (64, 2))

@@ -46,7 +46,7 @@ def train(critic, key=jr.key(3), radius=radius):
     policy = ff.FlowPolicy(velocity, (2,))
     method = ff.Residual(
         radius=radius, width_size=32, depth=2, num_updates=500, learning_rate=3e-3, damping=0.0,
-        num_calibration=1024, progress=False,
+        num_calibration=1024, num_witnesses=0, progress=False,
     )  # fmt: skip
     return policy, ff.refine(policy, critic, method, observations=observations(), key=key)
 

@@ -29,6 +29,7 @@ from ._steering import SteeredPolicy
 from ._witness import (
     are_apart,
     differs,
+    is_beyond_chance,
     is_normalised,
     is_vague,
     LARGEST_DIFFERENCE,
@@ -144,7 +145,7 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
     method = refined.method
     found["kl_by_score"] = found["kl"]
     # A difference beyond chance is an error of the scores; a smaller difference is noise.
-    if abs(float(by_density.difference)) > 2 * float(by_density.difference_stderr):
+    if is_beyond_chance(by_density):
         found["kl"], found["kl_stderr"] = by_density.kl, by_density.kl_stderr
     verdict = _judge(found, by_density, by_steps, method, num_drawn)
     del found["outside"]

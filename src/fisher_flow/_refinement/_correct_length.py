@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from ._method import Reached
 from ._refined_policy import RefinedPolicy
-from ._witness import is_normalised, is_vague, witnesses
+from ._witness import is_beyond_chance, is_normalised, is_vague, witnesses
 
 
 # A sampler whose KL is larger than the KL of its flow by more than this factor is not the flow.
@@ -44,7 +44,7 @@ def correct_length(
         unknown = jnp.isnan(witness.kl) or float(witness.unknown) > 0.02
         if unknown or is_vague(witness) or not is_normalised(witness):
             return refined
-        if abs(float(witness.difference)) <= 2 * float(witness.difference_stderr):
+        if not is_beyond_chance(witness):
             return refined
         kl = float(witness.kl)
         # Folds may forbid a longer map, and a map that folds little may fold much when longer.

@@ -341,6 +341,12 @@ def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
     return not abs(float(witness.difference)) <= allowed
 
 
+def is_beyond_chance(witness: Witness) -> bool:
+    """Whether the difference from the estimate by scores is neither chance nor rounding."""
+    rounding = 64 * float(jnp.finfo(witness.kl.dtype).eps)
+    return abs(float(witness.difference)) > 2 * float(witness.difference_stderr) + rounding
+
+
 def is_normalised(witness: Witness) -> bool:
     """Whether the mean of the inverse ratio is 1, up to chance. Where the policies are far apart
     actions that are rarely drawn make up that mean, so it is not used there."""
