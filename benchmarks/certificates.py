@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -124,7 +125,7 @@ def random_flow(random, size, law, shape, double):
     for k in range(K):
         basis = random_rotation(random, n)
         values = random.uniform(0.25, 1.5, n)
-        covariances[np.ix_([k], live, live)] = basis @ np.diag(values) @ basis.T
+        covariances[np.ix_(np.asarray([k]), live, live)] = basis @ np.diag(values) @ basis.T
         means[k, live] = random.normal(size=n) * 1.5 / math.sqrt(n)
     if law == "gaussian":
         covariances[:], means[:] = covariances[0], means[0]
@@ -203,7 +204,8 @@ def moved(refined, observation, action):
     J = jax.jacfwd(lambda a: refined.displacement(observation, a))(narrow)
     size = action.size
     sign, log_det = jnp.linalg.slogdet(jnp.eye(size) + J.reshape(size, size).astype(float))
-    return narrow.astype(float) + δ, jnp.where(sign > 0, log_det, jnp.nan), finite
+    known: Array = jnp.where(sign > 0, log_det, jnp.nan)
+    return narrow.astype(float) + δ, known, finite
 
 
 def _dtype(policy):
@@ -270,7 +272,8 @@ def sampler_log_ratios(refined, velocity, heun, num_steps, observations, num, ke
 
         def log_density(x, J):
             sign, log_det = jnp.linalg.slogdet(J)
-            return -0.5 * jnp.sum(x**2) - jnp.where(sign > 0, log_det, jnp.nan)
+                known: Array = jnp.where(sign > 0, log_det, jnp.nan)
+            return -0.5 * jnp.sum(x**2) - known
 
         b, J = jacobian(x)
         target, log_det, _ = moved(refined, o, b)
@@ -349,7 +352,7 @@ def entries(certificate):
         "kl", "kl_stderr", "kl_by_score", "kl_upper", "radius", "folded", "folded_upper",
         "improvement", "improvement_stderr", "stein", "stein_stderr", "non_finite",
     )  # fmt: skip
-    row = {name: number(getattr(certificate, name)) for name in names}
+    row: dict[str, Any] = {name: number(getattr(certificate, name)) for name in names}
     for name in ("by_density", "by_steps"):
         witness = getattr(certificate, name)
         for entry in ("kl", "kl_stderr", "difference", "difference_stderr", "unknown",
@@ -429,7 +432,8 @@ def exact_policy(problem):
         random, problem["size"], problem["law"], problem["shape"], problem["double"]
     )
     critic = random_critic(random, flow, coordinates, constant, problem["critic"])
-    policy = ff.FlowPolicy(cast(flow, dtype), (problem["size"],), **sampler_options(problem))
+    sampler: Any = sampler_options(problem)
+    policy = ff.FlowPolicy(cast(flow, dtype), (problem["size"],), **sampler)
     return policy, critic, flow, constant
 
 
@@ -500,7 +504,7 @@ def of_pair(problem, shared):
             jnp.asarray(means), jnp.asarray(other), jnp.exp(m.log_weights)
         )
         other_flow = MovingMixture(mixture, flow.loading)
-        sampler = sampler_options(problem)
+        sampler: Any = sampler_options(problem)
         base, policy = (ff.FlowPolicy(cast(f, dtype), (d,), **sampler) for f in (flow, other_flow))
         if problem["law"] == "gaussian":
             P = coordinates @ np.asarray(covariances[0]) @ coordinates.T
@@ -758,6 +762,8 @@ def run_problems(options):
         rows.append(row)
         print(f"{outcome(row)}  [{row['seconds']:.0f} s]  {describe(row)}", flush=True)
         write(options.out, rows=rows)
+        if len(rows) % 20 == 0:  # each program maps memory, of which a process has a limited number
+            jax.clear_caches()
     print_table(rows)
 
 

@@ -1,5 +1,7 @@
 """Parameters of half precision, fits that break, and programs in which a NaN is an error."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -84,11 +86,11 @@ def test_no_nan_is_made_on_purpose_in_a_program(getkey):
     critic = lambda observation, action: action[0]
     observations = jnp.zeros((4, 1))
     best = ff.BestOf(policy, critic, 2)
-    fitting = dict(num_samples=16, num_updates=2, batch_size=4, progress=False)
+    fitting: dict[str, Any] = dict(num_samples=16, num_updates=2, batch_size=4, progress=False)
     with jax.debug_nans(True):
         absorbed, fidelity = ff.absorb(best, observations, **fitting, key=getkey())
         assert np.isnan(fidelity.kl) and np.isnan(fidelity.distance) and 0 <= fidelity.energy < 1
-        sizes = dict(num_actions=8, num_witnesses=32)
+        sizes: dict[str, Any] = dict(num_actions=8, num_witnesses=32)
         pair = ff.certify(absorbed, critic, observations, base=policy, **sizes, key=getkey())
         assert np.isnan(pair.by_density.difference) and np.isfinite(pair.by_density.kl)
         unchecked = ff.certify(
@@ -97,6 +99,6 @@ def test_no_nan_is_made_on_purpose_in_a_program(getkey):
         assert unchecked.verdict is ff.Verdict.unchecked
         # A single action has no standard error.
         refined = ff.refine(policy, critic, ff.NaturalStep(num_auxiliary=4))
-        one = dict(num_actions=1, num_witnesses=0)
+        one: dict[str, Any] = dict(num_actions=1, num_witnesses=0)
         single = ff.certify(refined, critic, observations[:1], **one, key=getkey())
         assert np.isinf(single.kl_stderr) and not single.holds

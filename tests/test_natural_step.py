@@ -150,8 +150,8 @@ def test_gains_more_than_a_euclidean_step_of_the_same_kl():
     precision = np.linalg.inv(base.covariances[0])
     policy, critic = shifted_policy(base), Critic(g, jnp.float64)
     lengths, gains = [], []
-    options = dict(radius=radius, damping=1e-6, smoothing=0.0)
-    euclidean = ff.NaturalStep(ff.Euclidean(), radius, num_calibration=64)
+    options: dict[str, Any] = dict(radius=radius, damping=1e-6, smoothing=0.0)
+    euclidean = ff.NaturalStep(ff.Euclidean(), radius, num_calibration=64, num_witnesses=0)
     for method in natural_step(jnp.float64, **options), euclidean:
         refined = ff.refine(policy, critic, method, observations=observations(jnp.float64))
         δ = displacements(refined, jnp.zeros((1, 2)))[0]

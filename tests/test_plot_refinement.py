@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -27,7 +29,9 @@ def drawn():
     critic = Critic([0.8, -0.5], jnp.float64)
     observations = jr.normal(jr.key(0), (64, 2))
     refined = ff.refine(policy, critic, method, observations=observations)
-    options = dict(metric=method.metric, resolution=30, num_ellipses=3, key=jr.key(1))
+    options: dict[str, Any] = dict(
+        metric=method.metric, resolution=30, num_ellipses=3, key=jr.key(1)
+    )
     return refined, ff.plot_refinement(refined, o, **options)
 
 

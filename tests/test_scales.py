@@ -136,7 +136,7 @@ def test_long_steps_do_not_stand_for_the_flow():
     wide = policy_of(np.zeros(2), [1.0, 0.8], num_steps=50)
     assert in_continuous_time(wide, observations, key=jr.key(0)) is wide
     # Ten Euler steps end with almost no variation in a narrow direction; the flow does not.
-    flow = in_continuous_time(narrow, observations, key=jr.key(0))
+    flow = in_continuous_time(narrow, observations, key=jr.key(0)).flow_policy
     whitening = measure_whitening(flow, observations, key=jr.key(1))
     assert np.allclose(np.sort(whitening.deviations), [1e-2, 1.0], rtol=0.1)
 
