@@ -204,8 +204,7 @@ def moved(refined, observation, action):
     J = jax.jacfwd(lambda a: refined.displacement(observation, a))(narrow)
     size = action.size
     sign, log_det = jnp.linalg.slogdet(jnp.eye(size) + J.reshape(size, size).astype(float))
-    known: Array = jnp.where(sign > 0, log_det, jnp.nan)
-    return narrow.astype(float) + δ, known, finite
+    return narrow.astype(float) + δ, jnp.asarray(jnp.where(sign > 0, log_det, jnp.nan)), finite
 
 
 def _dtype(policy):
@@ -272,8 +271,7 @@ def sampler_log_ratios(refined, velocity, heun, num_steps, observations, num, ke
 
         def log_density(x, J):
             sign, log_det = jnp.linalg.slogdet(J)
-                known: Array = jnp.where(sign > 0, log_det, jnp.nan)
-            return -0.5 * jnp.sum(x**2) - known
+            return -0.5 * jnp.sum(x**2) - jnp.asarray(jnp.where(sign > 0, log_det, jnp.nan))
 
         b, J = jacobian(x)
         target, log_det, _ = moved(refined, o, b)
