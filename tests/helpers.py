@@ -345,16 +345,17 @@ for path, outcomes in json.load(sys.stdin):
 """
 
 
-def run_scripts(paths, outcomes):
+def run_scripts(paths, outcomes, optimise=False):
     """Runs files one after the other in one interpreter, in which the programs that they share are
     compiled once. For each file what it printed, and the traceback that ended it or nothing. The
     file `outcomes` is written on the way, so that a crash is blamed on the script that crashed."""
     result = subprocess.run(
         [sys.executable, "-c", _run_all],
         input=json.dumps([(str(path), str(outcomes)) for path in paths]),
-        # Compiling takes most of the time.
         env=os.environ
-        | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg"}
+        # Compiling takes most of the time of short scripts.
+        | ({"XLA_FLAGS": ""} if optimise else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

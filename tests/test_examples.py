@@ -92,7 +92,8 @@ def run(tmp_path_factory):
             paths[example] = home / example.replace(" ", "_") / "script.py"
             paths[example].parent.mkdir()
             paths[example].write_text(script, encoding="utf-8")
-        found = run_scripts(list(paths.values()), home / "outcomes")
+        optimise = name == "composition"  # whose examples train
+        found = run_scripts(list(paths.values()), home / "outcomes", optimise)
         folders = {"fidec": first, "ifql": second, "images": third, "plane": data}
         return {x: (*found[path], folders.get(x)) for x, path in paths.items()}
 
