@@ -1,7 +1,7 @@
 """Improves a behaviour policy that was learned from logged data, and plays it in the real task.
 
 Makes a dataset in Gymnasium's Pendulum-v1, fits a flow policy and a critic to it, refines the flow
-in three ways, and evaluates each of them, alone and as the best of 8, from the same start states:
+in four ways, and evaluates each of them, alone and as the best of 8, from the same start states:
 
     python examples/refine_pendulum.py --seed 0 --out pendulum
 
@@ -30,8 +30,14 @@ import fisher_flow
 
 EPISODE_STEPS = 200
 OBSERVATION_SCALE = np.array([1.0, 1.0, 8.0], np.float32)  # cos θ, sin θ, angular velocity
-NAMES = ["behaviour flow", "natural step", "residual, FisherRao", "residual, Euclidean"]
-COLOURS = {name: f"C{i}" for name, i in zip(NAMES, (7, 0, 2, 1), strict=True)}
+COLOURS = {
+    "behaviour flow": "C7",
+    "steering": "C3",
+    "natural step": "C0",
+    "residual, FisherRao": "C2",
+    "residual, Euclidean": "C1",
+}
+NAMES = list(COLOURS)
 
 
 def make_env() -> gymnasium.Env:
@@ -110,7 +116,7 @@ def describe(returns: np.ndarray) -> str:
 
 
 def make_table(results: dict[str, dict]) -> str:
-    header = ["policy", "return [95%]", "best of 8 [95%]", "KL (nats)", "folded", "seconds"]
+    header = ["policy", "return [95%]", "best of 8 [95%]", "KL (nats)", "verdict", "seconds"]
     rows = [header]
     for name, result in results.items():
         certificate = result["certificate"]
@@ -120,7 +126,7 @@ def make_table(results: dict[str, dict]) -> str:
                 describe(result["returns"]),
                 describe(result["best_of_returns"]),
                 f"{certificate.kl:.3f} ± {certificate.kl_stderr:.3f}" if certificate else "0",
-                f"{100 * certificate.folded:.1f}%" if certificate else "",
+                certificate.verdict.name if certificate else "",
                 f"{result['seconds']:.0f}",
             ]
         )
@@ -237,6 +243,7 @@ def main() -> None:
         fisher_flow.Residual, radius=args.radius, num_updates=args.residual_updates
     )
     methods = {
+        "steering": fisher_flow.Steering(radius=args.radius),
         "natural step": fisher_flow.NaturalStep(radius=args.radius),
         "residual, FisherRao": train(fisher_flow.FisherRao()),
         "residual, Euclidean": train(fisher_flow.Euclidean()),

@@ -26,7 +26,7 @@ from ._costs import (
     ObservedInformation as ObservedInformation,
     ScoreOuterProduct as ScoreOuterProduct,
 )
-from ._log_ratio import (
+from ._log_ratios import (
     AbstractLogRatio as AbstractLogRatio,
     check_steps as check_steps,
     DensityLogRatio as DensityLogRatio,
