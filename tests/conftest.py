@@ -49,10 +49,12 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """With `--dist loadgroup` the tests of a file go to one worker: what they share is made once,
-    and so are the programs that they compile. A test that is slow by itself goes to any worker."""
+    and so are the programs that they compile. A test that is slow by itself goes to any worker, and
+    comes first: at the end it would leave the other workers waiting."""
+    is_slow = lambda item: item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: not is_slow(item))
     for item in items:
-        alone = item.get_closest_marker("slow") or item.get_closest_marker("xdist_group")
-        if alone is None:
+        if not is_slow(item) and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
