@@ -25,8 +25,8 @@ def load_d4rl(
     r"""The transitions of an HDF5 file in the layout of D4RL.
 
     The file has the columns `observations`, `actions`, `rewards`, `terminals` and, as a rule,
-    `timeouts`, one row a step. As in `d4rl.qlearning_dataset`, the next observation is that of the
-    row below, and rows at which an episode was cut off by its time limit are left out: the row
+    `timeouts`, one row a step. As in `d4rl.qlearning_dataset`, the next observation is in the row
+    below, and rows at which an episode was cut off by its time limit are left out: the row
     below them belongs to another episode. So is the last row of the file. The package `d4rl` is
     not needed.
 

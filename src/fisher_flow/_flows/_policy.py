@@ -550,8 +550,8 @@ class FlowPolicy(AbstractFlowPolicy):
 
 
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
-    """The dtype of actions: the one that is given, else that of the arrays of the network, else of
-    the observation but no less than float32, else JAX's default."""
+    """The dtype of actions: the one that is given. Else it is the dtype of the arrays of the network,
+    else of the observation but no less than float32, else JAX's default."""
     if dtype is not None:
         return dtype
     for tree in (network, in_full_precision(observation)):

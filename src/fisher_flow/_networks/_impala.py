@@ -222,7 +222,7 @@ class Convolution(eqx.Module):
     def __call__(
         self, x: Float[Array, "height width channels_in"]
     ) -> Float[Array, "height width channels_out"]:
-        # In a loop, such as that of the training, XLA on CPUs takes up to a hundred times longer
+        # In a loop, such as the training, XLA on CPUs takes up to a hundred times longer
         # for the gradient of a convolution: https://github.com/jax-ml/jax/issues/12868
         x = lax.platform_dependent(x, self.weight, cpu=_as_product, default=_as_convolution)
         return x + jnp.broadcast_to(self.bias, x.shape)

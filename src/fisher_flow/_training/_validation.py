@@ -122,7 +122,7 @@ def check_observations(observations: Any, expected: Any, normaliser: Normaliser 
     means = None if normaliser is None else jax.tree.map(lambda x: x[None], normaliser.mean)
     if normaliser is not None and not _fits(means, expected):
         raise ValueError(
-            "`normaliser` must be that of the observations of the training, but got one of "
+            "`normaliser` must be made of the observations of the training, but got one of "
             f"{eqx.tree_pformat(normaliser.mean)} for {eqx.tree_pformat(expected)}. Write "
             "`normaliser=Normaliser.of(transitions)`, of the transitions before they were "
             "normalised, or `normaliser=None`."
