@@ -550,7 +550,7 @@ class FlowPolicy(AbstractFlowPolicy):
 
 
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
-    """The dtype of actions: the one that is given. Else it is the dtype of the arrays of the network,
+    """The dtype of actions: the one that is given. Else it is the dtype of the network's arrays,
     else of the observation but no less than float32, else JAX's default."""
     if dtype is not None:
         return dtype
