@@ -68,10 +68,12 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
     by_density = by_steps = absent
     dense = action.size <= largest_size and num_witnesses > 0
     has_densities = all(isinstance(x, AbstractFlowPolicy) for x in (policy, base))
-    if has_densities and dense:
+    executed = steered and isinstance(policy.log_ratio, ExecutedLogRatio)
+    # The steps of a steered policy know their density, and it is dear in continuous time.
+    if has_densities and dense and not executed:
         q, p = (_in_continuous_time(_plain(x), action.dtype) for x in (policy, base))
         by_density = witness(in_continuous_time_log_ratios, q, p, key=density_key, **arguments)
-    if steered and isinstance(policy.log_ratio, ExecutedLogRatio):
+    if executed:
         by_steps = witness(_steered_log_ratios, policy, base, key=steps_key, **arguments)
     elif has_densities and dense and has_executed_density(_plain(policy), _plain(base)):
         by_steps = witness(
