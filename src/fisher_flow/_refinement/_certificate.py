@@ -35,8 +35,8 @@ class Verdict(enum.Enum):
     )
     sampler_differs = (
         "The steps of the sampler are too long for the flow: the KL of what acts differs from the "
-        "KL of the flow. Raise `num_steps` of the policy, or give it another `solver` such as "
-        "`diffrax.Heun()`, and refine again."
+        "KL of the flow, or is not known at some actions. Raise `num_steps` of the policy, or give "
+        "it another `solver` such as `diffrax.Heun()`, and refine again."
     )
     score_uncalibrated = (
         "The estimates of the KL disagree, and no good time was found for the score. Train the "

@@ -144,9 +144,11 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
     upper = binomial_limit(round(folded * num_drawn), num_drawn, level)
     method = refined.method
     found["kl_by_score"] = found["kl"]
-    # A difference beyond chance is an error of the scores; a smaller difference is noise.
+    # A difference beyond chance is an error of the scores; a smaller difference is noise. The
+    # densities are known at fewer actions, so the difference is taken and not their KL itself.
     if is_beyond_chance(by_density):
-        found["kl"], found["kl_stderr"] = by_density.kl, by_density.kl_stderr
+        found["kl"] = found["kl"] + by_density.difference
+        found["kl_stderr"] = jnp.hypot(found["kl_stderr"], by_density.difference_stderr)
     verdict = _judge(found, by_density, by_steps, method, num_drawn)
     del found["outside"]
     return Certificate(

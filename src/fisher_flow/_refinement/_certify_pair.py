@@ -191,7 +191,8 @@ def _judge(
     if math.isnan(kl):
         return Verdict.unchecked
     if float(measured.unknown) > MOST_UNKNOWN:
-        return Verdict.beyond_data
+        # Steps that fold have no density.
+        return Verdict.beyond_data if math.isnan(float(by_steps.kl)) else Verdict.sampler_differs
     if not is_normalised(measured):
         return Verdict.witnesses_disagree
     if are_apart(by_density, by_steps):

@@ -22,11 +22,12 @@ def correct_length(
     the radius.
 
     The length was settled by scores. A score that is read off a learned velocity is not quite the
-    score of its flow; the densities are exact. There are two KLs by densities: the KL of the flow,
-    and the KL of the steps of its sampler. The larger one meets the radius, unless the steps differ
-    so much from the flow that they are another policy. Nothing is done inside `jax.jit`, after
-    other maps, where the densities are not known well, and where chance may account for the
-    difference.
+    score of its flow; the densities are exact. They are known at few actions, so what they tell is
+    the difference from the KL by scores at the same actions. There are two KLs by densities: the KL
+    of the flow, and the KL of the steps of its sampler. The larger one meets the radius, unless the
+    steps differ so much from the flow that they are another policy. Nothing is done inside
+    `jax.jit`, after other maps, where the densities are not known well, and where the difference
+    may be chance.
     """
     method: Any = refined.method
     reached = refined.reached
@@ -34,24 +35,28 @@ def correct_length(
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     if traced or reached is None or refined.policy is not refined.flow_policy:
         return refined
-    radius = float(method.radius)
+    radius, by_scores = float(method.radius), float(reached.kl)
     for _ in range(2):
-        if not 0 < float(reached.kl):
+        if not 0 < by_scores:
             return refined
         by_density, by_steps = witnesses(refined, observations, num_witnesses, key=key)
         follows = bool(by_steps.kl < MOST_APART * by_density.kl)
-        witness = by_steps if follows and by_steps.kl > by_density.kl else by_density
+        larger = bool(by_steps.difference > by_density.difference)
+        witness = by_steps if follows and larger else by_density
         unknown = jnp.isnan(witness.kl) or float(witness.unknown) > 0.02
         if unknown or is_vague(witness) or not is_normalised(witness):
             return refined
         if not is_beyond_chance(witness):
             return refined
-        kl = float(witness.kl)
+        kl = by_scores + float(witness.difference)
+        if not kl > 0:
+            return refined
         # Folds may forbid a longer map, and a map that folds little may fold much when longer.
         longest = 1.0 if bool(reached.limited) else 1.1
         factor = min((radius / kl) ** 0.5, longest)
         if abs(factor - 1) < 0.01:
             return refined
+        by_scores *= factor**2
         reached = Reached(jnp.asarray(kl * factor**2, reached.kl.dtype), reached.limited)
         scale, _ = _scale_and_reached(refined)
         refined = eqx.tree_at(_scale_and_reached, refined, (factor * scale, reached))
