@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import diffrax
 import equinox as eqx
 import gymnasium
 import jax
@@ -161,7 +162,7 @@ def make_figure(policies, critic, results, radius: float):
         axes = panels[title]
         observation = jnp.array([np.cos(angle), np.sin(angle), velocity]) / OBSERVATION_SCALE
         observation = observation.astype(jnp.float32)
-        for name in NAMES[:3]:
+        for name in NAMES[:3]:  # more would hide each other
             axes.hist(
                 2 * np.asarray(draw_many(policies[name], observation))[:, 0],
                 bins=20,
@@ -228,7 +229,10 @@ def main() -> None:
     print(f"{len(data.actions)} transitions of {args.data_episodes} episodes")
 
     velocity = fisher_flow.VelocityMLP(3, (1,), width_size=128, key=keys["flow"])
-    behaviour = fisher_flow.FlowPolicy(velocity, action_shape=(1,), bounds=(-1.0, 1.0))
+    # Steps that are short enough for the jumps between the modes of the learned flow.
+    behaviour = fisher_flow.FlowPolicy(
+        velocity, action_shape=(1,), solver=diffrax.Heun(), num_steps=30, bounds=(-1.0, 1.0)
+    )
     fitted = time.perf_counter()
     behaviour = fisher_flow.fit_flow(
         behaviour, data.observations, data.actions, num_updates=args.updates, key=keys["fit flow"]
