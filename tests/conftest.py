@@ -35,6 +35,11 @@ class _GetKey:
         return f"GetKey(seed={self.seed})"
 
 
+def pytest_configure(config):
+    # The slow tests come first, as they are collected; pytest-xdist would sort by number.
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_finish():
     """Tracing makes many objects that live on, and the collector would walk them all every time."""
     gc.collect()

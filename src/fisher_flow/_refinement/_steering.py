@@ -403,7 +403,9 @@ Steering.__init__.__doc__ = """**Arguments:**
 - `log_ratio`: how the KL is measured. The default is [`fisher_flow.ExecutedLogRatio`][] for actions
     of up to 32 entries and samplers whose explicit steps end at fixed times, and
     [`fisher_flow.DensityLogRatio`][] otherwise.
-- `max_unknown`: the share of actions whose log-ratio may be unknown.
+- `max_unknown`: the share of actions whose log-ratio may be unknown. Long steps of a flow with
+    sharp modes fold, and an action at a fold has none. Then the KL stays below the radius, and
+    `reached.limited` is true: raise `num_steps` of the flow.
 - `num_auxiliary`: without observations, the number of actions drawn at a state.
 - `num_calibration`: with observations, the number of actions that settle the strength.
 
