@@ -192,7 +192,7 @@ def make_figure(policies, critic, results, radius: float):
     ):
         for i, name in enumerate(NAMES):
             returns = results[name][key]
-            y = -(i + 4.6 * group)
+            y = -(i + (len(NAMES) + 0.6) * group)
             jitter = np.random.default_rng(0).uniform(-0.25, 0.25, returns.size)
             axes.plot(returns, y + jitter, ".", color=COLOURS[name], markersize=4, alpha=0.7)
             axes.plot(interval(returns), [y, y], color="k", linewidth=3, solid_capstyle="butt")
