@@ -205,11 +205,8 @@ class FisherDecorator(AbstractAgent):
     def policy(
         self, state: FisherDecoratorState, observations: PyTree[Array], *, key: Any
     ) -> AbstractPolicy:
-        flow, critic, network = (
-            self.flow.policy(state.flow),
-            state.critic.model,
-            state.residual.model,
-        )
+        flow, critic = self.flow.policy(state.flow), state.critic.model
+        network = state.residual.model
         method = Residual(state.metric, self.radius, num_witnesses=self.num_witnesses)
         if has_open_score(self.metric):
             refined = at_radius(method, flow, critic, network, observations, key=key)
