@@ -390,9 +390,7 @@ def of_refined(problem, policy, critic, flow, constant):
         policy, cast(critic, dtype), method_of(problem), observations=calibration, key=key
     )
     middle = time.perf_counter()
-    certificate = ff.certify(
-        refined, cast(critic, dtype), observations, num_actions=1024, key=jr.fold_in(key, 1)
-    )
+    certificate = ff.certify(refined, cast(critic, dtype), observations, key=jr.fold_in(key, 1))
     row = entries(certificate) | dict(
         refine_seconds=middle - start, certify_seconds=time.perf_counter() - middle
     )
@@ -518,9 +516,7 @@ def of_pair(problem, shared):
         critic = eqx.tree_at(lambda c: c.linear, critic, jnp.asarray(coordinates @ b))
     _, observations = observations_of(problem, dtype)
     key = jr.key(1000 + problem["seed"])
-    certificate = ff.certify(
-        policy, cast(critic, dtype), observations, base=base, num_actions=1024, key=key
-    )
+    certificate = ff.certify(policy, cast(critic, dtype), observations, base=base, key=key)
     row = entries(certificate)
     wide = observations.astype(float)
     if closed is not None:
@@ -760,7 +756,9 @@ def run_problems(options):
         rows.append(row)
         print(f"{outcome(row)}  [{row['seconds']:.0f} s]  {describe(row)}", flush=True)
         write(options.out, rows=rows)
-        if len(rows) % 20 == 0:  # each program maps memory, of which a process has a limited number
+        # Each program maps memory, and Linux gives a process 65,530 maps.
+        maps = Path("/proc/self/maps")
+        if maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
             jax.clear_caches()
     print_table(rows)
 

@@ -25,7 +25,7 @@ def certificate(dtype, *, radius=0.2, num_observations=64, damping=1e-6, num_wit
 
 @pytest.fixture(scope="module")
 def report():
-    return certificate(jnp.float64, num_witnesses=64)
+    return certificate(jnp.float64, num_witnesses=512)
 
 
 def test_gaussian_policy_and_linear_critic(report):
@@ -70,7 +70,7 @@ def test_standard_errors_over_observations_and_over_actions(report):
 
 
 def test_the_same_key_gives_the_same_certificate(report):
-    assert eqx.tree_equal(certificate(jnp.float64, num_witnesses=64), report)
+    assert eqx.tree_equal(certificate(jnp.float64, num_witnesses=512), report)
 
 
 def test_prints_as_a_table(report):

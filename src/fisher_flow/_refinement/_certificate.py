@@ -59,8 +59,8 @@ class Verdict(enum.Enum):
         "may be off by tens of per cent: compare it only with estimates of the same kind."
     )
     unchecked = (
-        "No independent estimate of the KL was made, or its error is too large. Pass a larger "
-        "`num_witnesses` to `certify`."
+        "No independent estimate of the KL was made, or the error of an estimate is too large. "
+        "Pass a larger `num_witnesses` and `num_actions` to `certify`."
     )
     no_gain = (
         "The gain cannot be told from zero. The critic may be flat or noisy here: certify with "
@@ -87,8 +87,9 @@ class Certificate(eqx.Module):
     """Its standard error."""
 
     kl_by_score: Scalar
-    """The KL by scores alone, on all `num_actions`. `kl` is this, or the KL by densities if the two
-    differ by more than two standard errors. NaN for a steered policy and for a pair."""
+    """The KL by scores alone, on all `num_actions`. `kl` is this, plus the part of the difference
+    from the KL by densities that chance cannot account for. NaN for a steered policy and for a
+    pair."""
 
     kl_upper: Scalar
     """An upper confidence limit of `kl` at the `level` that was asked for. It assumes that the mean

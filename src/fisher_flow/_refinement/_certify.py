@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import equinox as eqx
@@ -21,22 +22,34 @@ from .._geometry import CalibratedScore, in_continuous_time
 from ._certificate import Certificate, Verdict
 from ._certify_pair import certify_pair
 from ._executed_critic import check_critic, critic_value
-from ._limits import binomial_limit, mean_and_stderr, normal_quantile
+from ._limits import (
+    binomial_limit,
+    error_at_these_observations,
+    mean_and_stderr,
+    normal_quantile,
+)
 from ._method import draw_from_flow
 from ._refined_policy import RefinedPolicy
 from ._selections import AbstractSelection
 from ._steering import SteeredPolicy
 from ._witness import (
     are_apart,
+    beyond_chance,
     differs,
-    is_beyond_chance,
     is_normalised,
     is_vague,
+    LARGEST_CHANCE,
     LARGEST_DIFFERENCE,
     MOST_CORRECTED,
+    MOST_PARTS,
     MOST_UNKNOWN,
+    RELATIVE_ERROR,
     witnesses,
 )
+
+
+# The fractions of a displacement at which its KL is measured; the whole of it is one of them.
+_fractions, _whole = np.linspace(0, 1.5, 7), 4
 
 
 def certify(
@@ -77,8 +90,9 @@ def certify(
         of one training. A one-step policy and a choice among several actions have no density. Then
         the KL is estimated from the distances of actions to their nearest neighbours, and the
         verdict says that it is an estimate.
-    - `num_actions`: about how many actions to draw, spread evenly over the observations. If there
-        are more observations, this many of them are chosen at random.
+    - `num_actions`: about how many actions to begin with, spread evenly over the observations; up
+        to eight times as many are used, until the error of the KL is small. If there are more
+        observations, this many of them are chosen at random.
     - `num_witnesses`: the number of actions to begin with for the estimates by densities; up to
         eight times as many are used, until their error is small. With 0 no such estimate is made.
         Each action costs two solves of the flow, both with a Jacobian. Actions may have up to 64
@@ -136,8 +150,7 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
     certified = measured
     if isinstance(policy, AbstractSelection):
         certified = eqx.tree_at(lambda policy: policy.policy, policy, measured)
-    found = _measure(certified, critic, observations, -(-num_actions // length), key)
-    tick()
+    found = _measured_until_exact(certified, critic, observations, num_actions, tick, key)
     by_density, by_steps = witnesses(refined, observations, num_witnesses, tick, key=key)
     num_drawn = found["gains"].size
     folded = float(found["folded"])
@@ -146,11 +159,12 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
     found["kl_by_score"] = found["kl"]
     # A difference beyond chance is an error of the scores; a smaller difference is noise. The
     # densities are known at fewer actions, so the difference is taken and not their KL itself.
-    if is_beyond_chance(by_density):
-        found["kl"] = found["kl"] + by_density.difference
+    difference = beyond_chance(by_density)
+    if difference != 0:
+        found["kl"] = found["kl"] + difference
         found["kl_stderr"] = jnp.hypot(found["kl_stderr"], by_density.difference_stderr)
     verdict = _judge(found, by_density, by_steps, method, num_drawn)
-    del found["outside"]
+    del found["outside"], found["chance"]
     return Certificate(
         verdict=verdict,
         kl_upper=found["kl"] + normal_quantile(level) * found["kl_stderr"],
@@ -182,8 +196,8 @@ def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
     least_folded = 1 - binomial_limit(num_drawn - round(folded * num_drawn), num_drawn, 0.99)
     if least_folded > float(method.max_folded):
         return Verdict.folds
-    if radius == 0 and kl == 0:
-        return Verdict.holds
+    if kl == 0 and not np.any(found["gains"]):  # nothing was moved, and nothing can be wrong
+        return Verdict.holds if radius == 0 else Verdict.no_gain
     witnesses = [w for w in (by_density, by_steps) if not np.isnan(float(w.kl))]
     if any(float(w.unknown) > folded + MOST_UNKNOWN for w in witnesses):
         return Verdict.beyond_data
@@ -202,31 +216,52 @@ def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
         return Verdict.sampler_differs
     if kl - 2 * kl_stderr > 1.05 * radius:
         return Verdict.radius_exceeded
-    if len(witnesses) == 0 or any(map(is_vague, witnesses)):
+    is_exact = float(found["chance"]) <= LARGEST_CHANCE * abs(kl)
+    if len(witnesses) == 0 or not is_exact or any(map(is_vague, witnesses)):
         return Verdict.unchecked
     if not float(found["improvement"]) > 2 * float(found["improvement_stderr"]):
         return Verdict.no_gain
     return Verdict.holds
 
 
-@eqx.filter_jit
-def _measure(certified, critic, observations, num_per_observation, key) -> dict[str, Any]:
-    """The entries of a certificate that come from scores."""
-    refined = _refined(certified)
-    policy, method = refined.policy, refined.method
+def _measured_until_exact(certified, critic, observations, num_actions, tick, key):
+    """The entries of a certificate that come from scores, on as many actions as are needed."""
     length = batch_length("observations", observations)
-    fractions = jnp.linspace(0, 1.5, 7)
-    whole = 4  # fractions[4] == 1
+    draw = lambda i: _draw(
+        certified, critic, observations, -(-num_actions // length), jr.fold_in(key, i)
+    )
+    drawn = draw(0)
+    found = _summarise(certified, drawn)
+    tick()
+    share = float(found["chance"]) / max(abs(float(found["kl"])), 1e-30)
+    if share > RELATIVE_ERROR:
+        # Enough for the error that is wanted, if the rest is like the first part.
+        num_parts = math.ceil(min(MOST_PARTS, (share / RELATIVE_ERROR) ** 2))
+        parts = [drawn]
+        for i in range(1, num_parts):
+            parts.append(draw(i))
+            tick()
+        drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
+        found = _summarise(certified, drawn)
+    return found
+
+
+@eqx.filter_jit
+def _draw(certified, critic, observations, num_per_observation, key) -> dict[str, Any]:
+    """What some actions at every observation contribute to a certificate."""
+    refined = _refined(certified)
+    policy = refined.policy
+    length = batch_length("observations", observations)
 
     def of_observation(row):
         o, key = row
         keys = jr.split(key, num_per_observation + 1)
         keys, total_key = keys[:-1], keys[-1]
-        of_action = lambda key: _of_action(refined, critic, o, fractions, key)
+        of_action = lambda key: _of_action(refined, critic, o, _fractions, key)
         results = lax.map(of_action, keys, batch_size=256)
         if not isinstance(certified, AbstractSelection) and isinstance(policy, FlowPolicy):
             # One map and no choice: the totals are the cost and the gain of the map.
-            totals = results["terms"].kl[:, whole], results["gain"]
+            totals = results["terms"].kl[:, _whole], results["gain"]
         else:
             num_choices = certified.n if isinstance(certified, AbstractSelection) else 1
             num_totals = max(2 if length == 1 else 1, -(-num_per_observation // num_choices))
@@ -235,25 +270,30 @@ def _measure(certified, critic, observations, num_per_observation, key) -> dict[
                 jr.split(total_key, num_totals),
                 batch_size=max(1, 256 // num_choices),
             )
-        return results, totals
+        return results | dict(totals=totals)
 
     rows_at_once = max(1, 256 // num_per_observation)
-    results, (total_kls, total_gains) = lax.map(
-        of_observation, (observations, jr.split(key, length)), batch_size=rows_at_once
-    )
+    keys = jr.split(key, length)
+    return lax.map(of_observation, (observations, keys), batch_size=rows_at_once)
 
-    terms = results["terms"]
+
+@eqx.filter_jit
+def _summarise(certified, drawn) -> dict[str, Any]:
+    """The entries of a certificate, from the contributions of single actions."""
+    terms = drawn["terms"]
+    total_kls, total_gains = drawn["totals"]
     kls, kl_stderrs = mean_and_stderr(terms.kl)
-    stein, stein_stderr = mean_and_stderr(terms.stein[..., whole])
-    improvement, improvement_stderr = mean_and_stderr(results["gain"])
+    stein, stein_stderr = mean_and_stderr(terms.stein[..., _whole])
+    improvement, improvement_stderr = mean_and_stderr(drawn["gain"])
     total_kl, total_kl_stderr = mean_and_stderr(total_kls)
     total_improvement, total_improvement_stderr = mean_and_stderr(total_gains)
     return dict(
-        kl=kls[whole],
-        kl_stderr=kl_stderrs[whole],
-        kl_predicted=jnp.mean(results["predicted"]),
-        radius=jnp.asarray(method.radius, kls.dtype),
-        folded=jnp.mean(terms.folded[..., whole], dtype=kls.dtype),
+        kl=kls[_whole],
+        kl_stderr=kl_stderrs[_whole],
+        chance=error_at_these_observations(terms.kl[..., _whole]),
+        kl_predicted=jnp.mean(drawn["predicted"]),
+        radius=jnp.asarray(_refined(certified).method.radius, kls.dtype),
+        folded=jnp.mean(terms.folded[..., _whole], dtype=kls.dtype),
         improvement=improvement,
         improvement_stderr=improvement_stderr,
         total_kl=total_kl,
@@ -262,12 +302,12 @@ def _measure(certified, critic, observations, num_per_observation, key) -> dict[
         total_improvement_stderr=total_improvement_stderr,
         stein=stein,
         stein_stderr=stein_stderr,
-        non_finite=jnp.mean(results["non_finite"], dtype=kls.dtype),
-        outside=jnp.mean(results["outside"], dtype=kls.dtype),
-        fractions=fractions.astype(kls.dtype),
+        non_finite=jnp.mean(drawn["non_finite"], dtype=kls.dtype),
+        outside=jnp.mean(drawn["outside"], dtype=kls.dtype),
+        fractions=jnp.asarray(_fractions, kls.dtype),
         kl_by_fraction=kls,
         kl_stderr_by_fraction=kl_stderrs,
-        gains=results["gain"].reshape(-1),
+        gains=drawn["gain"].reshape(-1),
     )
 
 
@@ -289,7 +329,7 @@ def _of_action(refined, critic, o, fractions, key) -> dict[str, Any]:
     predicted = method.metric.cost(policy.flow_policy, o, a, field, key=metric_key)
     gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
     return dict(
-        terms=jax.vmap(scaled_terms)(fractions.astype(a.dtype)),
+        terms=jax.vmap(scaled_terms)(jnp.asarray(fractions, a.dtype)),
         predicted=jnp.where(jnp.isfinite(predicted), predicted, 0),
         gain=jnp.where(moved, gain, 0),
         non_finite=~finite,

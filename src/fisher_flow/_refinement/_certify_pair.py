@@ -59,7 +59,7 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
     observation = jax.tree.map(lambda leaf: leaf[0], observations)
     action = eqx.filter_eval_shape(lambda o: base.draw(o, key=key), observation)
     absent = absent_witness(action.dtype)
-    gain_key, density_key, steps_key = jr.split(key, 3)
+    gain_key, key = jr.split(key)
     gains, finite = _gains(policy, base, critic, observations, -(-num_actions // length), gain_key)
     tick()
     arguments: Any = dict(
@@ -72,15 +72,15 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
     # The steps of a steered policy know their density, and it is dear in continuous time.
     if has_densities and dense and not executed:
         q, p = (_in_continuous_time(_plain(x), action.dtype) for x in (policy, base))
-        by_density = witness(in_continuous_time_log_ratios, q, p, key=density_key, **arguments)
+        by_density = witness(in_continuous_time_log_ratios, q, p, key=key, **arguments)
     if executed:
-        by_steps = witness(_steered_log_ratios, policy, base, key=steps_key, **arguments)
+        by_steps = witness(_steered_log_ratios, policy, base, key=key, **arguments)
     elif has_densities and dense and has_executed_density(_plain(policy), _plain(base)):
         by_steps = witness(
             executed_log_ratios,
             _plain(policy),
             _plain(base),
-            key=steps_key,
+            key=key,
             **arguments,
         )
     # The radius of a steering is the KL of the steps that act.
@@ -88,7 +88,7 @@ def certify_pair(given: Any, base: Any, critic, observations, settings, key) -> 
     if has_densities:
         kl, kl_stderr = measured.kl, measured.kl_stderr
     else:
-        kl, kl_stderr = _nearest_neighbours(policy, base, observations, density_key)
+        kl, kl_stderr = _nearest_neighbours(policy, base, observations, key)
     radius = as_entries(policy.method.radius if steered else np.nan, action.dtype)
     gain = mean_and_stderr(gains)
     if not finite:

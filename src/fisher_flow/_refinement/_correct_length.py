@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from ._method import Reached
 from ._refined_policy import RefinedPolicy
-from ._witness import is_beyond_chance, is_normalised, is_vague, witnesses
+from ._witness import beyond_chance, is_normalised, is_vague, witnesses
 
 
 # A sampler whose KL is larger than the KL of its flow by more than this factor is not the flow.
@@ -46,10 +46,8 @@ def correct_length(
         unknown = jnp.isnan(witness.kl) or float(witness.unknown) > 0.02
         if unknown or is_vague(witness) or not is_normalised(witness):
             return refined
-        if not is_beyond_chance(witness):
-            return refined
-        kl = by_scores + float(witness.difference)
-        if not kl > 0:
+        kl = by_scores + beyond_chance(witness)
+        if kl == by_scores or not kl > 0:
             return refined
         # Folds may forbid a longer map, and a map that folds little may fold much when longer.
         longest = 1.0 if bool(reached.limited) else 1.1

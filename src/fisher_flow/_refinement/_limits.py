@@ -15,6 +15,15 @@ def mean_and_stderr(values: Float[Array, "observations actions ..."]) -> tuple[A
     return jnp.mean(means, axis=0), standard_error(means)
 
 
+def error_at_these_observations(values: Float[Array, "observations actions"]) -> Array:
+    """The standard error of the mean for more actions at the same observations. With one action at
+    each it holds for other observations too."""
+    num_actions = values.shape[1]
+    if num_actions < 2:
+        return standard_error(values[:, 0])
+    return jnp.sqrt(jnp.mean(jnp.var(values, axis=1, ddof=1)) / values.size)
+
+
 def normal_quantile(level: float) -> float:
     """The one-sided quantile of the normal distribution."""
     return float(norm.ppf(level))

@@ -51,8 +51,11 @@ MOST_CORRECTED = 0.3
 # The share of actions whose density may be unknown, in addition to the share that folds.
 MOST_UNKNOWN = 0.01
 
+# A larger error, as a share of the KL, leaves the KL unchecked.
+LARGEST_CHANCE = 1.5 * RELATIVE_ERROR
+
 # How many times as many actions as were asked for are used at most.
-_MOST_CHUNKS = 8
+MOST_PARTS = 8
 
 
 class Witness(eqx.Module):
@@ -220,13 +223,13 @@ def witness(
     length = jnp.shape(jax.tree.leaves(observations)[0])[0]
     columns: Any = None
     # In chunks of one size, and filled into columns of one length, so that all is compiled once.
-    for i in range(_MOST_CHUNKS):
+    for i in range(MOST_PARTS):
         rows = (i * num_actions + np.arange(num_actions)) % length
         o = jax.tree.map(lambda leaf, rows=rows: leaf[rows], observations)
         keys = jr.split(jr.fold_in(key, i), num_actions)
         chunk = [np.asarray(x) for x in log_ratios(policy, base, o, keys, by_scores)]
         if columns is None:
-            columns = [np.full(_MOST_CHUNKS * num_actions, np.inf, x.dtype) for x in chunk]
+            columns = [np.full(MOST_PARTS * num_actions, np.inf, x.dtype) for x in chunk]
         for column, part in zip(columns, chunk, strict=True):
             column[i * num_actions : (i + 1) * num_actions] = part
         tick()
@@ -268,7 +271,8 @@ def witnesses(
         policy = flow = free
     # A chain whose KL is measured from the flow is compared with the flow.
     base = flow if measure.whole_chain else policy
-    density_key, steps_key = jr.split(jr.fold_in(key, 1))
+    # The same noise for both, so that chance does not tell them apart.
+    key = jr.fold_in(key, 1)
     by_steps = absent
     executed = has_executed_density(refined, base)
     exact = continuous_flow(flow, action.dtype)
@@ -279,7 +283,7 @@ def witnesses(
             refined,
             base,
             by_scores=_ByScores(original, fixed),
-            key=steps_key,
+            key=key,
             **arguments,
         )
     by_density = witness(
@@ -289,7 +293,7 @@ def witnesses(
         by_scores=_ByScores(
             with_flow(original, continuous_flow(original.flow_policy, action.dtype)), fixed
         ),
-        key=density_key,
+        key=key,
         **arguments,
     )
     return by_density, by_steps
@@ -337,14 +341,22 @@ def has_executed_density(policy: AbstractFlowPolicy, base: AbstractFlowPolicy) -
 def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
     """Whether a witness disagrees with the estimate by scores by more than a share of the KL,
     beyond chance."""
-    allowed = share * abs(float(witness.kl)) + 2 * float(witness.difference_stderr)
-    return not abs(float(witness.difference)) <= allowed
+    excess = abs(float(witness.difference)) - _chance(witness)
+    return not excess <= share * abs(float(witness.kl))
 
 
-def is_beyond_chance(witness: Witness) -> bool:
-    """Whether the difference from the estimate by scores is neither chance nor rounding."""
+def beyond_chance(witness: Witness) -> float:
+    r"""The part of the difference $D$ from the estimate by scores that chance $c$, two standard
+    errors, cannot account for: $D \max(0, 1 - c^2 / D^2)$, which grows from zero without a jump."""
+    difference = float(witness.difference)
+    chance = _chance(witness)
+    return difference - chance**2 / difference if abs(difference) > chance else 0.0
+
+
+def _chance(witness: Witness) -> float:
+    """What chance and rounding may make of no difference."""
     rounding = 64 * float(jnp.finfo(witness.kl.dtype).eps)
-    return abs(float(witness.difference)) > 2 * float(witness.difference_stderr) + rounding
+    return 2 * float(witness.difference_stderr) + rounding
 
 
 def is_normalised(witness: Witness) -> bool:
@@ -363,4 +375,4 @@ def are_apart(one: Witness, other: Witness) -> bool:
 
 def is_vague(witness: Witness) -> bool:
     """Whether the error of a witness is too large to check the KL by scores."""
-    return not float(witness.difference_stderr) <= 1.5 * RELATIVE_ERROR * abs(float(witness.kl))
+    return not float(witness.difference_stderr) <= LARGEST_CHANCE * abs(float(witness.kl))
