@@ -36,7 +36,7 @@ class _GetKey:
 
 
 def pytest_configure(config):
-    # The slow tests come first, as they are collected; pytest-xdist would sort by number.
+    # What takes long comes first, as it is collected; pytest-xdist would sort by number.
     config.option.loadscopereorder = False
 
 
@@ -55,9 +55,9 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """With `--dist loadgroup` the tests of a file go to one worker: what they share is made once,
     and so are the programs that they compile. A test that is slow by itself goes to any worker, and
-    comes first: at the end it would leave the other workers waiting."""
+    comes first, as the pages do: at the end it would leave the other workers waiting."""
     is_slow = lambda item: item.get_closest_marker("slow") is not None
-    items.sort(key=lambda item: not is_slow(item))
+    items.sort(key=lambda item: not (is_slow(item) or item.path.stem == "test_documentation"))
     for item in items:
         if not is_slow(item) and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -449,6 +449,7 @@ def test_moves_towards_the_best_action(agent, least):
     assert least < mean_action(trained.policy()) < 0.75
 
 
+@pytest.mark.slow
 def test_moves_as_far_as_the_radius_allows():
     agent = ff.FisherDecorator(radius=0.5, num_candidates=1, **small)
     trained = ff.train(agent, bandit(), 1500, batch_size=128, progress=False)

@@ -99,6 +99,7 @@ def test_dtypes_and_jit(dtype):
     assert tree_allclose(*estimates, rtol=1e-4 if dtype == jnp.float32 else 1e-9)
 
 
+@pytest.mark.slow
 def test_refine_calibrates_where_no_time_was_given():
     policy, critic = bimodal(jnp.float32).policy(), Critic([1.0, 0.5], jnp.float32)
     observations = jnp.zeros((64, 2), jnp.float32)

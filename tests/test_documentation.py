@@ -1,8 +1,8 @@
 """Runs every Python block of the README, of the documentation and of the docstrings.
 
 The blocks of one page run in order, in a namespace and a folder of their own: what a reader gets
-who pastes them one after the other. The pages share two interpreters: to start one, and to compile
-the same small programs again, takes longer than most pages do.
+who pastes them one after the other. The pages share a few interpreters: to start one, and to
+compile the same small programs again, takes longer than most pages do.
 """
 
 import functools
@@ -13,10 +13,7 @@ import pytest
 from helpers import run_scripts
 
 
-pytestmark = pytest.mark.slow
-
 root = Path(__file__).parent.parent
-num_interpreters = 2
 
 
 def _python_blocks(text: str) -> str:
@@ -43,9 +40,14 @@ scripts = {
 
 
 def _shares():
-    """The pages of each interpreter: the longest first, in turn, so that the shares are alike."""
-    by_length = sorted(scripts, key=lambda page: -len(scripts[page].split()))
-    return [sorted(by_length[i::num_interpreters]) for i in range(num_interpreters)]
+    """The pages of each interpreter: the README and the docstrings in one, the site in two. The
+    longest pages are dealt out first, in turn, so that the two shares are alike."""
+    site = sorted(
+        (page for page in scripts if page.startswith("docs/")),
+        key=lambda page: -len(scripts[page].split()),
+    )
+    rest = [page for page in scripts if page not in site]
+    return [sorted(pages) for pages in (rest, site[::2], site[1::2])]
 
 
 shares = _shares()
@@ -73,11 +75,16 @@ def test_the_readme_and_the_docstrings_have_examples():
     assert sum(page.startswith("src/") for page in scripts) > 10
 
 
+def _marks(share):
+    # One worker for each share, so that it runs once; the shares of the site take minutes.
+    marks = [pytest.mark.xdist_group(f"pages {share}")]
+    return marks + ([pytest.mark.slow] if share > 0 else [])
+
+
 @pytest.mark.parametrize(
     "page, share",
     [
-        # One worker for each share, so that it runs once.
-        pytest.param(page, share, id=page, marks=pytest.mark.xdist_group(f"pages {share}"))
+        pytest.param(page, share, id=page, marks=_marks(share))
         for share, pages in enumerate(shares)
         for page in pages
     ],

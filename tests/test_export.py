@@ -72,6 +72,7 @@ def test_for_other_platforms():
     assert jax.export.deserialize(bytearray(data)).platforms == ("cpu", "cuda", "tpu")
 
 
+@pytest.mark.slow
 def test_chunks_and_dictionaries():
     def velocity(t, x, observation):
         return observation["goal"][None] - 0.5 * x

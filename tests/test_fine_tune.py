@@ -307,6 +307,7 @@ def run(folder, kill_at):
     return run_script(script, folder=str(folder), kill_at=kill_at)
 
 
+@pytest.mark.slow
 def test_killed_it_resumes_to_the_same_bits(tmp_path):
     code, printed = run(tmp_path / "whole", kill_at=1000)
     assert code == 0, printed

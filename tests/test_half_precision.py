@@ -80,6 +80,7 @@ def test_a_fit_that_ends_in_nan_raises(getkey):
         ff.fit_flow(policy, *data, num_updates=2, batch_size=4, progress=False, key=getkey())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_no_nan_is_made_on_purpose_in_a_program(getkey):
     policy = ff.FlowPolicy(Linear(jnp.asarray([0.5, -1.0])), (2,), num_steps=4)

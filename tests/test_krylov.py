@@ -195,6 +195,7 @@ def test_few_dimensions_gain_as_much_as_all(getkey):
     assert gains[0] > 0.98 * gains[1]
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_chunk():
     def memory(horizon):
         policy = ff.FlowPolicy(ff.VelocityMLP(3, (horizon, 7), key=jr.key(0)), (horizon, 7))

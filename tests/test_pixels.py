@@ -193,6 +193,7 @@ def test_gradients_through_a_solve_reach_the_encoder(learned, getkey):
         assert np.allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_library_sees_observations(learned, tmp_path, getkey):
     policy, critic, _ = learned
     observations = jax.tree.map(jnp.asarray, transitions().observations)

@@ -86,7 +86,7 @@ def test_a_rotation_changes_little():
     assert np.isclose(true_kl(refined, np.zeros(2), factor), 0.5, rtol=0.06)
 
 
-@pytest.mark.parametrize("constant", [0.0, 0.7])
+@pytest.mark.parametrize("constant", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
 def test_padding_changes_nothing(constant):
     deviation = np.asarray([0.4, 0.3, 0.1])
     weights = np.asarray([1.0, 1.5, 2.0])
@@ -141,6 +141,7 @@ def test_long_steps_do_not_stand_for_the_flow():
     assert np.allclose(np.sort(whitening.deviations), [1e-2, 1.0], rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_residual_does_not_depend_on_the_units(standard_promotion):
     deviation = np.asarray([1.0, 1e-3])
     method = ff.Residual(

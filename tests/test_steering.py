@@ -194,6 +194,7 @@ def test_densities_and_scores_agree(getkey):
     assert np.allclose(score, numerical, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_best_policy_needs_no_weights(getkey):
     # A linear critic: the steering is the best one, so all weights are alike.
     policy = bimodal().policy(solver=diffrax.Heun(), num_steps=32)
@@ -251,6 +252,7 @@ def test_any_field_by_its_radius(getkey):
         ff.guide(policy, field)
 
 
+@pytest.mark.slow
 def test_a_steered_policy_is_a_flow(getkey, standard_promotion):
     policy = shifted_policy(bimodal(), bounds=(-1.0, 1.0))
     critic = Critic(jnp.ones(2), jnp.float64)
@@ -278,6 +280,7 @@ def test_a_steered_policy_is_a_flow(getkey, standard_promotion):
         ff.refine(refined, critic, steering())
 
 
+@pytest.mark.slow
 def test_chunks_have_probes(getkey):
     size = (16, 7)
     policy = ff.FlowPolicy(lambda t, x, o: -x * (1 - t), size, num_steps=4)

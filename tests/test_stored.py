@@ -339,6 +339,7 @@ def test_a_stream_that_was_stopped_goes_on_to_the_same_bits(stored, monkeypatch,
         assert first.read_text() == second.read_text()
 
 
+@pytest.mark.slow
 def test_nothing_takes_memory_for_every_row(stored):
     """Files of holes: a terabyte in all, which takes no disk. Whoever reads it never returns."""
     rows = 2_000_000_000

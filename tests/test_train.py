@@ -190,11 +190,11 @@ def run(folder, kill_at):
     return run_script(script, folder=str(folder), kill_at=kill_at)
 
 
-@pytest.mark.parametrize("kill_at", [250])
-def test_killed_it_resumes_to_the_same_bits(kill_at, tmp_path):
+@pytest.mark.slow
+def test_killed_it_resumes_to_the_same_bits(tmp_path):
     code, printed = run(tmp_path / "whole", kill_at=-1)
     assert code == 0, printed
-    code, printed = run(tmp_path / "killed", kill_at)
+    code, printed = run(tmp_path / "killed", kill_at=250)
     assert code == -signal.SIGKILL, printed
     assert len(rows_of(tmp_path / "killed" / "train.csv")) > 0
     assert not (tmp_path / "killed" / "final.npz").exists()

@@ -2,9 +2,11 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -46,6 +48,36 @@ def check_controller(
             f"got `StepTo(ts={np.array2string(np.asarray(controller.ts), threshold=8)})`. Write "
             "`stepsize_controller=diffrax.StepTo(ts=jnp.array([0, 0.4, 0.7, 0.9, 1]))`."
         )
+
+
+def are_plain_steps(solver: diffrax.AbstractSolver, adjoint: diffrax.AbstractAdjoint) -> bool:
+    """Whether explicit steps at fixed times, differentiated as they are, are all there is to do."""
+    explicit = isinstance(solver, diffrax.Euler | diffrax.AbstractERK)
+    return explicit and type(adjoint) is diffrax.RecursiveCheckpointAdjoint
+
+
+def take_steps(
+    vector_field: Callable[[Any, Any, Any], Any],
+    y: Any,
+    ts: Float[Array, " times"],
+    solver: Any,
+) -> Any:
+    """Takes one step of a solver between each two of the times `ts`.
+
+    It is `diffrax.diffeqsolve` without the control of steps, which takes JAX longer to trace than
+    the velocity itself. Only the points between the steps are kept for derivatives.
+    """
+    terms = diffrax.ODETerm(vector_field)
+
+    @jax.checkpoint
+    def step(carry, times):
+        y, state = carry
+        y, _, _, state, _ = solver.step(terms, *times, y, None, state, False)
+        return (y, state), None
+
+    state = solver.init(terms, ts[0], ts[1], y, None)
+    (y, _), _ = lax.scan(step, (y, state), (ts[:-1], ts[1:]))
+    return y
 
 
 class FixedSteps(diffrax.AbstractStepSizeController[Any, Any]):

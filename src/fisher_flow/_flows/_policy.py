@@ -18,7 +18,14 @@ from .._custom_types import Action, Observation
 from .._linalg import rademacher_probes, value_and_divergence, value_and_jacobian
 from .._trees import as_inexact, in_full_precision, is_half
 from ._bounds import checked_bounds, clip, TanhBounds
-from ._fixed_steps import check_controller, fixed_times, FixedSteps, has_fixed_steps
+from ._fixed_steps import (
+    are_plain_steps,
+    check_controller,
+    fixed_times,
+    FixedSteps,
+    has_fixed_steps,
+    take_steps,
+)
 from ._foreign import check_inference
 from ._given import given
 from ._path import AbstractAffineGaussianPath, LinearPath
@@ -509,6 +516,8 @@ class FlowPolicy(AbstractFlowPolicy):
         if has_fixed_steps(stepsize_controller):
             # Rounded steps may leave a sliver at the end; stepping to given times cannot.
             ts = fixed_times(stepsize_controller, self.num_steps, dtype)
+            if are_plain_steps(solver, self.adjoint):
+                return take_steps(vector_field, y, ts[::direction], solver)
             stepsize_controller, dt0 = FixedSteps(ts[::direction]), None
             steps_arrive = True
             max_steps = len(ts) - 1

@@ -253,7 +253,7 @@ def measure_whitening(
 
     one, other = lax.map(pair, (constant(observations), jr.split(key, num)), batch_size=256)
     magnitude = jnp.max(jnp.abs(one), axis=0)
-    smallest = smallest_deviation(one.dtype)
+    smallest = smallest_deviation(one.dtype, flow.stepsize_controller)
     return whiten_samples((one - other) / 2**0.5, magnitude, smallest)
 
 

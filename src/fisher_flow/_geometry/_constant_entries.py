@@ -3,6 +3,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Bool, Scalar
 
 from .._custom_types import Action, Observation
@@ -25,10 +26,10 @@ class FreedVelocity(eqx.Module):
 
     def given(self, observation: Observation) -> Callable[[Any, Any], Any]:
         velocity = given(self.flow.velocity_field, observation)
+        constants = constants_at(self.flow, observation)  # once, not at every step
 
         def freed(t, x):
             α, σ = self.flow.path.alpha(t), self.flow.path.sigma(t)
-            constants = constants_at(self.flow, observation, x)
             v = velocity(t, jnp.where(self.is_constant, α * constants + σ * x, x))
             return jnp.where(self.is_constant, jnp.zeros_like(v), v)
 
@@ -44,10 +45,11 @@ def constant_entries(whitening: Whitening | None, action_shape: tuple[int, ...])
     return constant.reshape(action_shape) if bool(jnp.any(constant)) else None
 
 
-def constants_at(flow: FlowPolicy, observation: Observation, like: Array) -> Action:
+def constants_at(flow: FlowPolicy, observation: Observation) -> Action:
     """One action of the flow. Its constant entries are the same in all actions at this
     observation."""
-    return flow.flow(observation, jnp.zeros_like(like))
+    noise = eqx.filter_eval_shape(flow.noise, observation, key=jr.key(0))
+    return flow.flow(observation, jnp.zeros(noise.shape, noise.dtype))
 
 
 def free_constant_entries(flow: FlowPolicy, is_constant: Bool[Array, "..."]) -> FlowPolicy:

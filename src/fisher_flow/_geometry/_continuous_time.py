@@ -34,9 +34,13 @@ class StoppedVelocity(eqx.Module):
         return lambda t, x: velocity(jnp.minimum(t, self.latest.astype(x.dtype)), x)
 
 
-def smallest_deviation(dtype: Any) -> float:
-    """Entries that vary by less than this are constant, beside noise of deviation one."""
-    return 1e-8 if dtype == jnp.float64 else 1e-5
+def smallest_deviation(dtype: Any, controller: Any = None) -> Any:
+    """Entries that vary by less than this are constant, beside noise of deviation one. A solver
+    that adapts its steps leaves a few times its tolerance of that noise."""
+    smallest = 1e-8 if dtype == jnp.float64 else 1e-5
+    if isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
+        smallest = jnp.maximum(smallest, 4 * jnp.asarray(controller.rtol, dtype))
+    return smallest
 
 
 def with_flow(policy: Any, flow: FlowPolicy) -> Any:
@@ -113,7 +117,7 @@ def _error_of_sampler(flow, finer, observations, key) -> Scalar:
     whitening = whiten_samples(
         (followed[:, 0] - followed[:, 1]) / 2**0.5,
         jnp.max(jnp.abs(followed), axis=(0, 1)),
-        smallest_deviation(drawn.dtype),
+        smallest_deviation(drawn.dtype, finer.stepsize_controller),
     )
     error: Array = jax.vmap(whitening.whiten)((drawn - followed)[:, 0])
     squared = jnp.max(jnp.mean(error**2, axis=0))

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Bool, Float, Scalar, ScalarLike
 
 from ._krylov import dense_limit
 from ._registered import register_positive_semidefinite
@@ -64,7 +64,7 @@ class Whitening(eqx.Module):
 
 
 def whiten_samples(
-    samples: Float[Array, "n size"], magnitude: Float[Array, " size"], smallest: float
+    samples: Float[Array, "n size"], magnitude: Float[Array, " size"], smallest: ScalarLike
 ) -> Whitening:
     """The whitening of actions of mean zero.
 

@@ -151,6 +151,8 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
     if isinstance(policy, AbstractSelection):
         certified = eqx.tree_at(lambda policy: policy.policy, policy, measured)
     found = _measured_until_exact(certified, critic, observations, num_actions, tick, key)
+    if _is_still(found):
+        num_witnesses = 0  # nothing was moved, and nothing can be wrong
     by_density, by_steps = witnesses(refined, observations, num_witnesses, tick, key=key)
     num_drawn = found["gains"].size
     folded = float(found["folded"])
@@ -184,6 +186,11 @@ def _refined(policy: Any) -> Any:
     return policy.policy if isinstance(policy, AbstractSelection) else policy
 
 
+def _is_still(found) -> bool:
+    """Whether no action was moved."""
+    return float(found["kl"]) == 0 and not np.any(found["gains"])
+
+
 def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
     """The first reason why the promise may not hold, the likeliest first."""
     kl, kl_stderr, radius = (float(found[name]) for name in ("kl", "kl_stderr", "radius"))
@@ -196,7 +203,7 @@ def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
     least_folded = 1 - binomial_limit(num_drawn - round(folded * num_drawn), num_drawn, 0.99)
     if least_folded > float(method.max_folded):
         return Verdict.folds
-    if kl == 0 and not np.any(found["gains"]):  # nothing was moved, and nothing can be wrong
+    if _is_still(found):
         return Verdict.holds if radius == 0 else Verdict.no_gain
     witnesses = [w for w in (by_density, by_steps) if not np.isnan(float(w.kl))]
     if any(float(w.unknown) > folded + MOST_UNKNOWN for w in witnesses):

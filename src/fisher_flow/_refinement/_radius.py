@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Scalar, ScalarLike
@@ -8,6 +9,11 @@ from jaxtyping import Array, Bool, Scalar, ScalarLike
 def scaled(scale: Scalar, x: Array) -> Array:
     """The product; zero at a scale of zero, whatever `x`."""
     return jnp.where(scale > 0, scale * x, 0)
+
+
+def is_zero(radius: ScalarLike) -> bool:
+    """Whether nothing may be spent, as far as it is known before the program runs."""
+    return not isinstance(radius, jax.core.Tracer) and bool(radius == 0)
 
 
 def scale_to_radius(

@@ -4,7 +4,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import optax
@@ -30,7 +29,7 @@ from ._method import (
     measure_by,
     Reached,
 )
-from ._radius import scaled
+from ._radius import is_zero, scaled
 from ._refined_policy import RefinedPolicy
 
 
@@ -143,7 +142,7 @@ class Residual(AbstractTransport):
             if whitening is not None:
                 _, a, _ = _draw(measured, observations, 256, network_key)
                 network = WhitenedNetwork(network, whitening, jnp.mean(a, axis=0))
-        if not isinstance(self.radius, jax.core.Tracer) and self.radius == 0:
+        if is_zero(self.radius):
             zero = jnp.zeros(())
             displacement, reached = NetworkDisplacement(network, zero), Reached(zero, zero > 0)
             return RefinedPolicy(policy, critic, displacement, self, reached)

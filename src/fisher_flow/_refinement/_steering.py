@@ -30,7 +30,7 @@ from .._trees import constant, finite_or_zero, fold_in_values
 from ._executed_critic import critic_gradient, critic_value
 from ._method import AbstractRefinement, Reached
 from ._potentials import AbstractPotential, TiltedAction
-from ._radius import scale_to_radius
+from ._radius import is_zero, scale_to_radius
 
 
 # Along the path, a steering is evaluated between these times: at the two ends it is a quotient of
@@ -134,7 +134,7 @@ class SteeredVelocity(eqx.Module):
                 v = lax.cond(t == within, lambda x: v, lambda x: velocity(t, x), x)
                 return v, finite_or_zero(Δ)[0]
 
-            # Without strength it is the flow, to the last bit and at its cost.
+            # Without strength it is the flow, at its cost.
             still = lambda x: (velocity(t, x), jnp.zeros_like(x))
             return lax.cond(strength > 0, steered, still, x)
 
@@ -247,7 +247,11 @@ class SteeredPolicy(AbstractFlowPolicy):
 
     def flow(self, observation: Observation, noise: Action) -> Action:
         """Carries a noise to an action, before its bounds."""
-        return self.steered_flow.flow(observation, noise)
+        base, strength = self.velocity_field.flow, self.velocity_field.strength_at(observation)
+        steered = eqx.tree_at(lambda p: p.velocity_field.strength, self, strength).steered_flow
+        # Without strength it is the flow, to the last bit.
+        flows = [lambda z, flow=flow: flow.flow(observation, z) for flow in (steered, base)]
+        return lax.cond(strength > 0, *flows, noise)
 
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
         return self.flow(observation, self.noise(observation, key=key))
@@ -419,8 +423,11 @@ def steer(policy, critic, guidance, method, observations, key) -> SteeredPolicy:
     """Settles the strength of a guidance by the radius of a method."""
     flow = flow_to_steer(policy)
     log_ratio = log_ratio_of(flow, method.log_ratio)
-    if observations is None:
-        strength: Any = _StrengthPerState(flow, guidance, method, log_ratio, jr.key_data(key))
+    if observations is None and is_zero(method.radius):  # at every state, and known beforehand
+        strength: Any = jnp.zeros(())
+        reached = None
+    elif observations is None:
+        strength = _StrengthPerState(flow, guidance, method, log_ratio, jr.key_data(key))
         reached = None
     else:
         strength, reached = _settle_over(flow, guidance, method, log_ratio, observations, key)

@@ -307,7 +307,7 @@ class _FreedDisplacement(AbstractDisplacement):
 
     def __call__(self, policy: Any, critic: Any, observation: Any, action: Any) -> Any:
         flow = self.refined.flow_policy
-        constants = constants_at(flow, observation, action)
+        constants = constants_at(flow, observation)
         action = jnp.where(self.is_constant, constants, action)
         return jnp.where(self.is_constant, 0, self.refined.displacement(observation, action))
 
@@ -322,7 +322,7 @@ class _ByScores(eqx.Module):
         policy, measure = self.refined.policy, self.refined.method.measure
         b: Array = action
         if self.is_constant is not None:
-            b = jnp.where(self.is_constant, constants_at(policy.flow_policy, observation, b), b)
+            b = jnp.where(self.is_constant, constants_at(policy.flow_policy, observation), b)
         a = policy.from_flow(observation, b)
         field = lambda a: self.refined.displacement(observation, a)
         δ, J = measure.linearise(policy, field, a)
