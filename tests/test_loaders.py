@@ -175,7 +175,6 @@ def test_ogbench_errors(tmp_path):
     good = play()
     without = {k: v for k, v in good.items() if k != "terminals"}
     assert "terminals is missing: it has actions, observations" in message(without)
-    assert "qpos is missing" in message(good, name=f"{NAME}-singletask-v0")
     assert f"{NAME}-v0.npz" in message({}, FileNotFoundError, "antmaze-large-navigate-v0")
     endless = good | {"terminals": np.zeros(15, bool)}
     assert "none of its 15 rows is marked" in message(endless)
@@ -185,14 +184,21 @@ def test_ogbench_errors(tmp_path):
     assert "from -2 to 2" in message(good | {"actions": np.linspace(-2, 2, 15)[:, None]})
     assert "continuous, but got int64" in message(good | {"actions": np.zeros((15, 1), int)})
     assert "'actions': 14" in message(good | {"actions": good["actions"][1:]})
-    scene = good | {"qpos": np.zeros((15, 21))}
-    write(tmp_path, scene, "scene-play-v0")
-    with pytest.raises(ValueError, match="button_states is missing"):
-        ff.load_ogbench("scene-play-singletask-v0", tmp_path)
+    write(tmp_path, good, "scene-play-v0")
     whole = (tmp_path / "scene-play-v0.npz").read_bytes()
     (tmp_path / "scene-play-v0.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="must be an .npz file, but is not, or was copied in part"):
         ff.load_ogbench("scene-play-v0", tmp_path)
+
+
+@needs_ogbench
+def test_states_that_are_missing(tmp_path):
+    write(tmp_path, play())
+    with pytest.raises(ValueError, match="qpos is missing"):
+        ff.load_ogbench(f"{NAME}-singletask-v0", tmp_path)
+    write(tmp_path, play() | {"qpos": np.zeros((15, 21))}, "scene-play-v0")
+    with pytest.raises(ValueError, match="button_states is missing"):
+        ff.load_ogbench("scene-play-singletask-v0", tmp_path)
 
 
 @needs_ogbench
