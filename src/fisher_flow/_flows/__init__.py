@@ -15,6 +15,7 @@ from ._policy import (
     AbstractFlowPolicy as AbstractFlowPolicy,
     AbstractPolicy as AbstractPolicy,
     as_flow_policy as as_flow_policy,
+    changed as changed,
     FlowPolicy as FlowPolicy,
 )
 from ._prediction import (

@@ -1,4 +1,5 @@
 import abc
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -260,7 +261,8 @@ class FlowPolicy(AbstractFlowPolicy):
         - `stepsize_controller`: any Diffrax step-size controller. With `diffrax.StepTo(ts=ts)` the
             steps lead to the times `ts`, from 0 to 1, and `num_steps` has no effect.
         - `adjoint`: how Diffrax differentiates through `sample`. The default supports reverse
-            mode; for forward mode pass `diffrax.ForwardMode()`.
+            mode, and forward mode too where explicit steps end at fixed times. For forward mode
+            elsewhere pass `diffrax.ForwardMode()`.
         - `max_steps`: the number of steps after which an adaptive solve gives up with an error.
         - `bounds`: `None`, or `(low, high)`, each a number or an array of shape `action_shape`, or
             the `Box` of a Gymnasium environment: samples are clipped to it. Or a
@@ -558,6 +560,13 @@ class FlowPolicy(AbstractFlowPolicy):
         return fixed_times(self.stepsize_controller, self.num_steps, dtype)
 
 
+def changed(flow: FlowPolicy, **settings: Any) -> FlowPolicy:
+    """The flow with other settings, by their names in `FlowPolicy`."""
+    names = [field.name for field in dataclasses.fields(flow) if field.name != "velocity_field"]
+    own = {name: getattr(flow, name) for name in names} | {"velocity": flow.velocity_field}
+    return FlowPolicy(**(own | settings))
+
+
 def sample_dtype(dtype: Any, network: Any, observation: Observation) -> Any:
     """The dtype of actions: the one that is given. Else it is the dtype of the network's arrays,
     else of the observation but no less than float32, else JAX's default."""
@@ -626,17 +635,5 @@ def _in_full_precision(policy: AbstractFlowPolicy) -> AbstractFlowPolicy:
         return policy
     if not is_half(sample_dtype(flow.dtype, flow.velocity_field, None)):
         return policy
-    full = FlowPolicy(
-        flow.velocity_field,
-        flow.action_shape,
-        path=flow.path,
-        solver=flow.solver,
-        num_steps=flow.num_steps,
-        stepsize_controller=flow.stepsize_controller,
-        adjoint=flow.adjoint,
-        max_steps=flow.max_steps,
-        bounds=flow.bounds,
-        dtype=jnp.float32,
-        throw=flow.throw,
-    )
+    full = changed(flow, dtype=jnp.float32)
     return full if flow is policy else eqx.tree_at(lambda p: p.flow_policy, policy, full)

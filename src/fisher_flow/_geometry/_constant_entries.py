@@ -7,7 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Scalar
 
 from .._custom_types import Action, Observation
-from .._flows import FlowPolicy, given
+from .._flows import changed, FlowPolicy, given
 from .._linalg import Whitening
 
 
@@ -54,16 +54,4 @@ def constants_at(flow: FlowPolicy, observation: Observation) -> Action:
 
 def free_constant_entries(flow: FlowPolicy, is_constant: Bool[Array, "..."]) -> FlowPolicy:
     """The flow with noise in place of its constant entries, so that its actions have a density."""
-    return FlowPolicy(
-        FreedVelocity(flow, is_constant),
-        flow.action_shape,
-        path=flow.path,
-        solver=flow.solver,
-        num_steps=flow.num_steps,
-        stepsize_controller=flow.stepsize_controller,
-        adjoint=flow.adjoint,
-        max_steps=flow.max_steps,
-        bounds=flow.bounds,
-        dtype=flow.dtype,
-        throw=flow.throw,
-    )
+    return changed(flow, velocity=FreedVelocity(flow, is_constant))

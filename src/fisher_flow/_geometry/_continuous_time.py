@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import Action, Observation
-from .._flows import AbstractFlowPolicy, FlowPolicy, given
+from .._flows import AbstractFlowPolicy, changed, FlowPolicy, given
 from .._linalg import whiten_samples
 from .._trees import constant
 
@@ -56,16 +56,11 @@ def continuous_flow(flow: FlowPolicy, dtype: Any) -> FlowPolicy:
     """The flow with steps as short as needed, instead of the steps of its sampler."""
     latest = flow.path.time_at_noise_ratio(jnp.asarray(0.1 * smallest_deviation(dtype), dtype))
     tol = 1e-7 if dtype == jnp.float64 else 1e-5
-    return FlowPolicy(
-        StoppedVelocity(flow.velocity_field, latest),
-        flow.action_shape,
-        path=flow.path,
+    return changed(
+        flow,
+        velocity=StoppedVelocity(flow.velocity_field, latest),
         solver=diffrax.Tsit5(),
-        num_steps=flow.num_steps,
         stepsize_controller=diffrax.PIDController(rtol=tol, atol=0.1 * tol),
-        adjoint=flow.adjoint,
-        max_steps=flow.max_steps,
-        bounds=flow.bounds,
         dtype=dtype,
         throw=False,
     )

@@ -13,7 +13,13 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike, UInt32
 
 from .._checks import batch_length, check_at_least, check_instance, check_positive_integer
 from .._custom_types import Action, Critic, Observation
-from .._flows import AbstractAffineGaussianPath, AbstractFlowPolicy, FlowPolicy, TanhBounds
+from .._flows import (
+    AbstractAffineGaussianPath,
+    AbstractFlowPolicy,
+    changed,
+    FlowPolicy,
+    TanhBounds,
+)
 from .._geometry import (
     AbstractLogRatio,
     check_steps,
@@ -214,19 +220,7 @@ class SteeredPolicy(AbstractFlowPolicy):
     def steered_flow(self) -> FlowPolicy:
         """The same sampler as a plain [`fisher_flow.FlowPolicy`][]. Its score would be read off the
         steered velocity, which is right only if the steering is the best one."""
-        flow = self.velocity_field.flow
-        return FlowPolicy(
-            self.velocity_field,
-            flow.action_shape,
-            path=flow.path,
-            solver=flow.solver,
-            num_steps=flow.num_steps,
-            stepsize_controller=flow.stepsize_controller,
-            adjoint=flow.adjoint,
-            max_steps=flow.max_steps,
-            bounds=flow.bounds,
-            dtype=flow.dtype,
-        )
+        return changed(self.velocity_field.flow, velocity=self.velocity_field)
 
     def from_flow(self, observation: Observation, action: Action) -> Action:
         del observation
