@@ -69,13 +69,13 @@ def take_steps(
     """
     terms = diffrax.ODETerm(vector_field)
 
-    @jax.checkpoint
     def step(carry, times):
         y, state = carry
         y, _, _, state, _ = solver.step(terms, *times, y, None, state, False)
         return (y, state), None
 
     state = solver.init(terms, ts[0], ts[1], y, None)
+    step = jax.checkpoint(step, prevent_cse=False)  # a scan keeps apart what is computed again
     (y, _), _ = lax.scan(step, (y, state), (ts[:-1], ts[1:]))
     return y
 
