@@ -178,6 +178,7 @@ def test_every_state_spends_the_radius(getkey):
         assert np.allclose(steered.draw(o, key=key), fixed.draw(o, key=key))
 
 
+@pytest.mark.slow
 def test_densities_and_scores_agree(getkey):
     policy = bimodal().policy(solver=diffrax.Heun(), num_steps=64)
     critic = Critic(jnp.asarray([1.0, 0.5]), jnp.float64, curvature=0.5)

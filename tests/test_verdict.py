@@ -107,6 +107,7 @@ def test_a_policy_without_a_density_is_estimated():
     found = certify(policy, base=base)
     assert found.verdict is ff.Verdict.estimated
     assert np.isclose(found.kl, 0.25, rtol=0.3)
+    assert np.isclose(certify(base, base=policy).kl, 0.25, rtol=0.3)
 
 
 def test_a_steered_policy_is_certified_by_what_acts():

@@ -51,9 +51,10 @@ def check_controller(
 
 
 def are_plain_steps(solver: diffrax.AbstractSolver, adjoint: diffrax.AbstractAdjoint) -> bool:
-    """Whether explicit steps at fixed times, differentiated as they are, are all there is to do."""
+    """Whether a solve is explicit steps to fixed times, without a special adjoint."""
     explicit = isinstance(solver, diffrax.Euler | diffrax.AbstractERK)
-    return explicit and type(adjoint) is diffrax.RecursiveCheckpointAdjoint
+    default = isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint)
+    return explicit and default and adjoint.checkpoints is None
 
 
 def take_steps(
@@ -62,7 +63,8 @@ def take_steps(
     ts: Float[Array, " times"],
     solver: Any,
 ) -> Any:
-    """Takes one step of a solver between each two of the times `ts`.
+    """Takes one step of a solver between neighbouring times of `ts`. The vector field is called as
+    `vector_field(t, y, args)`.
 
     It is `diffrax.diffeqsolve` without the control of steps, which takes JAX longer to trace than
     the velocity itself. Only the points between the steps are kept for derivatives.
@@ -75,7 +77,7 @@ def take_steps(
         return (y, state), None
 
     state = solver.init(terms, ts[0], ts[1], y, None)
-    step = jax.checkpoint(step, prevent_cse=False)  # a scan keeps apart what is computed again
+    step = jax.checkpoint(step, prevent_cse=False)  # barriers are needed only outside a scan
     (y, _), _ = lax.scan(step, (y, state), (ts[:-1], ts[1:]))
     return y
 

@@ -261,8 +261,8 @@ class FlowPolicy(AbstractFlowPolicy):
         - `stepsize_controller`: any Diffrax step-size controller. With `diffrax.StepTo(ts=ts)` the
             steps lead to the times `ts`, from 0 to 1, and `num_steps` has no effect.
         - `adjoint`: how Diffrax differentiates through `sample`. The default supports reverse
-            mode, and forward mode too where explicit steps end at fixed times. For forward mode
-            elsewhere pass `diffrax.ForwardMode()`.
+            mode. With `diffrax.Euler()` and steps of equal length it supports forward mode too;
+            otherwise pass `diffrax.ForwardMode()` for it.
         - `max_steps`: the number of steps after which an adaptive solve gives up with an error.
         - `bounds`: `None`, or `(low, high)`, each a number or an array of shape `action_shape`, or
             the `Box` of a Gymnasium environment: samples are clipped to it. Or a
@@ -563,7 +563,8 @@ class FlowPolicy(AbstractFlowPolicy):
 def changed(flow: FlowPolicy, **settings: Any) -> FlowPolicy:
     """The flow with other settings, by their names in `FlowPolicy`."""
     names = [field.name for field in dataclasses.fields(flow) if field.name != "velocity_field"]
-    own = {name: getattr(flow, name) for name in names} | {"velocity": flow.velocity_field}
+    own: dict[str, Any] = {name: getattr(flow, name) for name in names}
+    own["velocity"] = flow.velocity_field
     return FlowPolicy(**(own | settings))
 
 

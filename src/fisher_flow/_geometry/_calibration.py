@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.core
@@ -13,7 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._checks import check_batch_of_actions, check_equal_lengths, check_positive_integer
 from .._custom_types import Action
-from .._flows import AbstractAffineGaussianPath, AbstractFlowPolicy, as_flow_policy, FlowPolicy
+from .._flows import (
+    AbstractAffineGaussianPath,
+    AbstractFlowPolicy,
+    AbstractPolicy,
+    as_flow_policy,
+    FlowPolicy,
+)
 from .._linalg import (
     dense_limit,
     rademacher_probes,
@@ -22,7 +29,12 @@ from .._linalg import (
     Whitening,
 )
 from .._trees import as_inexact, constant, random_rows
-from ._continuous_time import in_continuous_time, smallest_deviation
+from ._continuous_time import (
+    continuous_flow,
+    in_continuous_time,
+    smallest_deviation,
+    smallest_followed,
+)
 from ._score import AbstractScore, grouped_score, PerturbedScore
 
 
@@ -234,7 +246,7 @@ _PREFERRED_RATIOS = (0.05, 0.2)
 
 @eqx.filter_jit
 def measure_whitening(
-    flow: FlowPolicy, observations: PyTree[Any], *, key: PRNGKeyArray
+    flow: AbstractPolicy, observations: PyTree[Any], *, key: PRNGKeyArray
 ) -> Whitening:
     """The coordinates in which the actions of a policy have covariance one, at one observation.
 
@@ -246,14 +258,27 @@ def measure_whitening(
     rows = jnp.arange(num) % length
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
 
+    sampler: Any = flow
+    adapts = isinstance(flow, FlowPolicy) and isinstance(
+        flow.stepsize_controller, diffrax.AbstractAdaptiveStepSizeController
+    )
+
+    def draw(o, key):
+        a = flow.draw(o, key=key)
+        if not adapts:
+            return a.reshape(-1)
+        # The tolerance of the policy may be larger than what an entry varies by.
+        followed = continuous_flow(sampler, a.dtype).draw(o, key=key)
+        return jnp.where(jnp.all(jnp.isfinite(followed)), followed, a).reshape(-1)
+
     def pair(row):
         o, key = row
-        one, other = jax.vmap(lambda key: flow.draw(o, key=key))(jr.split(key))
-        return one.reshape(-1), other.reshape(-1)
+        one, other = jax.vmap(lambda key: draw(o, key))(jr.split(key))
+        return one, other
 
     one, other = lax.map(pair, (constant(observations), jr.split(key, num)), batch_size=256)
     magnitude = jnp.max(jnp.abs(one), axis=0)
-    smallest = smallest_deviation(one.dtype, flow.stepsize_controller)
+    smallest = (smallest_followed if adapts else smallest_deviation)(one.dtype)
     return whiten_samples((one - other) / 2**0.5, magnitude, smallest)
 
 
@@ -287,7 +312,7 @@ def _times(
 
 @eqx.filter_jit
 def _calibrate(
-    flow: FlowPolicy,
+    flow: Any,  # with a path: a flow, or a steered one
     observations: PyTree[Any],
     actions: Float[Array, "batch ..."],
     whitening: Whitening,

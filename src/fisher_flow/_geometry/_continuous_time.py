@@ -34,13 +34,18 @@ class StoppedVelocity(eqx.Module):
         return lambda t, x: velocity(jnp.minimum(t, self.latest.astype(x.dtype)), x)
 
 
-def smallest_deviation(dtype: Any, controller: Any = None) -> Any:
-    """Entries that vary by less than this are constant, beside noise of deviation one. A solver
-    that adapts its steps leaves a few times its tolerance of that noise."""
-    smallest = 1e-8 if dtype == jnp.float64 else 1e-5
-    if isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
-        smallest = jnp.maximum(smallest, 4 * jnp.asarray(controller.rtol, dtype))
-    return smallest
+def smallest_deviation(dtype: Any) -> float:
+    """Entries that vary by less than this are constant, beside noise of deviation one."""
+    return 1e-8 if dtype == jnp.float64 else 1e-5
+
+
+def smallest_followed(dtype: Any) -> float:
+    """The same for a continuous flow: its solver leaves a few times its tolerance of that noise."""
+    return 5 * _tolerance(dtype)
+
+
+def _tolerance(dtype: Any) -> float:
+    return 1e-7 if dtype == jnp.float64 else 1e-5
 
 
 def with_flow(policy: Any, flow: FlowPolicy) -> Any:
@@ -55,7 +60,7 @@ def with_flow(policy: Any, flow: FlowPolicy) -> Any:
 def continuous_flow(flow: FlowPolicy, dtype: Any) -> FlowPolicy:
     """The flow with steps as short as needed, instead of the steps of its sampler."""
     latest = flow.path.time_at_noise_ratio(jnp.asarray(0.1 * smallest_deviation(dtype), dtype))
-    tol = 1e-7 if dtype == jnp.float64 else 1e-5
+    tol = _tolerance(dtype)
     return changed(
         flow,
         velocity=StoppedVelocity(flow.velocity_field, latest),
@@ -112,7 +117,7 @@ def _error_of_sampler(flow, finer, observations, key) -> Scalar:
     whitening = whiten_samples(
         (followed[:, 0] - followed[:, 1]) / 2**0.5,
         jnp.max(jnp.abs(followed), axis=(0, 1)),
-        smallest_deviation(drawn.dtype, finer.stepsize_controller),
+        smallest_followed(drawn.dtype),
     )
     error: Array = jax.vmap(whitening.whiten)((drawn - followed)[:, 0])
     squared = jnp.max(jnp.mean(error**2, axis=0))

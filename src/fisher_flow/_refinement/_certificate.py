@@ -87,13 +87,14 @@ class Certificate(eqx.Module):
     """Its standard error."""
 
     kl_by_score: Scalar
-    """The KL by scores alone, on all `num_actions`. `kl` is this, plus the part of the difference
-    from the KL by densities that chance cannot account for. NaN for a steered policy and for a
-    pair."""
+    """The KL by scores alone, on all `num_actions`. `kl` is this plus a correction: the part of its
+    difference from the KL by densities that is larger than chance. NaN for a steered policy and for
+    a pair."""
 
     kl_upper: Scalar
     """An upper confidence limit of `kl` at the `level` that was asked for. It assumes that the mean
-    over the observations is normally distributed, as it is for many observations."""
+    over the observations is normally distributed, as it is for many observations. Where scores and
+    densities differ by no more than chance, it assumes that the scores are right."""
 
     by_density: Witness
     """The KL by the densities of the flow in continuous time, and how it differs from scores."""

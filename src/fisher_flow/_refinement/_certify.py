@@ -38,8 +38,8 @@ from ._witness import (
     differs,
     is_normalised,
     is_vague,
-    LARGEST_CHANCE,
     LARGEST_DIFFERENCE,
+    LARGEST_ERROR,
     MOST_CORRECTED,
     MOST_PARTS,
     MOST_UNKNOWN,
@@ -49,7 +49,7 @@ from ._witness import (
 
 
 # The fractions of a displacement at which its KL is measured; the whole of it is one of them.
-_fractions, _whole = np.linspace(0, 1.5, 7), 4
+_fractions, _index_of_whole = np.linspace(0, 1.5, 7), 4
 
 
 def certify(
@@ -90,8 +90,9 @@ def certify(
         of one training. A one-step policy and a choice among several actions have no density. Then
         the KL is estimated from the distances of actions to their nearest neighbours, and the
         verdict says that it is an estimate.
-    - `num_actions`: about how many actions to begin with, spread evenly over the observations; up
-        to eight times as many are used, until the error of the KL is small. If there are more
+    - `num_actions`: about how many actions to begin with, spread evenly over the observations. For
+        a refined policy up to eight times as many are used, until the error of the KL by scores is
+        small; for a pair and for a steered policy they measure the gain alone. If there are more
         observations, this many of them are chosen at random.
     - `num_witnesses`: the number of actions to begin with for the estimates by densities; up to
         eight times as many are used, until their error is small. With 0 no such estimate is made.
@@ -99,8 +100,9 @@ def certify(
         entries.
     - `level`: the level of the upper confidence limits.
     - `throw`: whether to raise an error if the promise does not hold.
-    - `progress`: whether to show progress, after three seconds: the estimate by scores is one part,
-        and so are every `num_witnesses` actions of an estimate by densities.
+    - `progress`: whether to show progress, after three seconds: every `num_actions` actions of the
+        estimate by scores are one part, and so are every `num_witnesses` actions of an estimate by
+        densities.
     - `key`: a `jax.random.key`.
 
     **Returns:**
@@ -146,14 +148,15 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
     check_instance("policy", refined, RefinedPolicy, "fisher_flow.refine(policy, critic)")
     num_actions, num_witnesses, level, tick = settings
     length = batch_length("observations", observations)
-    measured = in_continuous_time(refined, observations, key=key)
+    sampler_key, draw_key, witness_key = jr.split(key, 3)
+    measured = in_continuous_time(refined, observations, key=sampler_key)
     certified = measured
     if isinstance(policy, AbstractSelection):
         certified = eqx.tree_at(lambda policy: policy.policy, policy, measured)
-    found = _measured_until_exact(certified, critic, observations, num_actions, tick, key)
+    found = _measured_with_enough(certified, critic, observations, num_actions, tick, draw_key)
     if _is_still(found):
         num_witnesses = 0  # nothing was moved, and nothing can be wrong
-    by_density, by_steps = witnesses(refined, observations, num_witnesses, tick, key=key)
+    by_density, by_steps = witnesses(refined, observations, num_witnesses, tick, key=witness_key)
     num_drawn = found["gains"].size
     folded = float(found["folded"])
     upper = binomial_limit(round(folded * num_drawn), num_drawn, level)
@@ -163,10 +166,11 @@ def _certify_refined(policy, critic, observations, settings, key) -> Certificate
     # densities are known at fewer actions, so the difference is taken and not their KL itself.
     difference = beyond_chance(by_density)
     if difference != 0:
+        share = difference / by_density.difference
         found["kl"] = found["kl"] + difference
-        found["kl_stderr"] = jnp.hypot(found["kl_stderr"], by_density.difference_stderr)
+        found["kl_stderr"] = jnp.hypot(found["kl_stderr"], share * by_density.difference_stderr)
     verdict = _judge(found, by_density, by_steps, method, num_drawn)
-    del found["outside"], found["chance"]
+    del found["outside"], found["error_here"]
     return Certificate(
         verdict=verdict,
         kl_upper=found["kl"] + normal_quantile(level) * found["kl_stderr"],
@@ -223,7 +227,7 @@ def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
         return Verdict.sampler_differs
     if kl - 2 * kl_stderr > 1.05 * radius:
         return Verdict.radius_exceeded
-    is_exact = float(found["chance"]) <= LARGEST_CHANCE * abs(kl)
+    is_exact = float(found["error_here"]) <= LARGEST_ERROR * abs(kl)
     if len(witnesses) == 0 or not is_exact or any(map(is_vague, witnesses)):
         return Verdict.unchecked
     if not float(found["improvement"]) > 2 * float(found["improvement_stderr"]):
@@ -231,7 +235,7 @@ def _judge(found, by_density, by_steps, method, num_drawn) -> Verdict:
     return Verdict.holds
 
 
-def _measured_until_exact(certified, critic, observations, num_actions, tick, key):
+def _measured_with_enough(certified, critic, observations, num_actions, tick, key):
     """The entries of a certificate that come from scores, on as many actions as are needed."""
     length = batch_length("observations", observations)
     draw = lambda i: _draw(
@@ -240,7 +244,7 @@ def _measured_until_exact(certified, critic, observations, num_actions, tick, ke
     drawn = draw(0)
     found = _summarise(certified, drawn)
     tick()
-    share = float(found["chance"]) / max(abs(float(found["kl"])), 1e-30)
+    share = float(found["error_here"]) / max(abs(float(found["kl"])), 1e-30)
     if share > RELATIVE_ERROR:
         # Enough for the error that is wanted, if the rest is like the first part.
         num_parts = math.ceil(min(MOST_PARTS, (share / RELATIVE_ERROR) ** 2))
@@ -268,7 +272,7 @@ def _draw(certified, critic, observations, num_per_observation, key) -> dict[str
         results = lax.map(of_action, keys, batch_size=256)
         if not isinstance(certified, AbstractSelection) and isinstance(policy, FlowPolicy):
             # One map and no choice: the totals are the cost and the gain of the map.
-            totals = results["terms"].kl[:, _whole], results["gain"]
+            totals = results["terms"].kl[:, _index_of_whole], results["gain"]
         else:
             num_choices = certified.n if isinstance(certified, AbstractSelection) else 1
             num_totals = max(2 if length == 1 else 1, -(-num_per_observation // num_choices))
@@ -290,17 +294,17 @@ def _summarise(certified, drawn) -> dict[str, Any]:
     terms = drawn["terms"]
     total_kls, total_gains = drawn["totals"]
     kls, kl_stderrs = mean_and_stderr(terms.kl)
-    stein, stein_stderr = mean_and_stderr(terms.stein[..., _whole])
+    stein, stein_stderr = mean_and_stderr(terms.stein[..., _index_of_whole])
     improvement, improvement_stderr = mean_and_stderr(drawn["gain"])
     total_kl, total_kl_stderr = mean_and_stderr(total_kls)
     total_improvement, total_improvement_stderr = mean_and_stderr(total_gains)
     return dict(
-        kl=kls[_whole],
-        kl_stderr=kl_stderrs[_whole],
-        chance=error_at_these_observations(terms.kl[..., _whole]),
+        kl=kls[_index_of_whole],
+        kl_stderr=kl_stderrs[_index_of_whole],
+        error_here=error_at_these_observations(terms.kl[..., _index_of_whole]),
         kl_predicted=jnp.mean(drawn["predicted"]),
         radius=jnp.asarray(_refined(certified).method.radius, kls.dtype),
-        folded=jnp.mean(terms.folded[..., _whole], dtype=kls.dtype),
+        folded=jnp.mean(terms.folded[..., _index_of_whole], dtype=kls.dtype),
         improvement=improvement,
         improvement_stderr=improvement_stderr,
         total_kl=total_kl,

@@ -16,8 +16,8 @@ def mean_and_stderr(values: Float[Array, "observations actions ..."]) -> tuple[A
 
 
 def error_at_these_observations(values: Float[Array, "observations actions"]) -> Array:
-    """The standard error of the mean for more actions at the same observations. With one action at
-    each it holds for other observations too."""
+    """The standard error of the mean for more actions at the same observations. If there is one
+    action at each, the error is over observations instead."""
     num_actions = values.shape[1]
     if num_actions < 2:
         return standard_error(values[:, 0])

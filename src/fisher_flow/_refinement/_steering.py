@@ -437,8 +437,8 @@ def flow_to_steer(policy: AbstractFlowPolicy) -> FlowPolicy:
         return policy
     raise ValueError(
         "`policy` must be a flow, whose path can be steered, but got a "
-        f"`{type(policy).__name__}`, which moves actions after their path has ended. Steer first "
-        "and refine last, or write `policy=absorb(policy, observations, key=key).policy`."
+        f"`{type(policy).__name__}`, which moves actions after their path has ended. Write "
+        "`policy=absorb(policy, observations, key=key).policy`."
     )
 
 

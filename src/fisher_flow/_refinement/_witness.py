@@ -52,14 +52,15 @@ MOST_CORRECTED = 0.3
 MOST_UNKNOWN = 0.01
 
 # A larger error, as a share of the KL, leaves the KL unchecked.
-LARGEST_CHANCE = 1.5 * RELATIVE_ERROR
+LARGEST_ERROR = 1.5 * RELATIVE_ERROR
 
 # How many times as many actions as were asked for are used at most.
 MOST_PARTS = 8
 
 
 class Witness(eqx.Module):
-    """A KL that was measured by densities, on actions drawn for it alone."""
+    """A KL that was measured by densities. The witnesses of one certificate share their noise, and
+    the estimate by scores has noise of its own."""
 
     kl: Scalar
     """Nats; NaN if it was not measured."""
@@ -341,7 +342,7 @@ def has_executed_density(policy: AbstractFlowPolicy, base: AbstractFlowPolicy) -
 def differs(witness: Witness, share: float = LARGEST_DIFFERENCE) -> bool:
     """Whether a witness disagrees with the estimate by scores by more than a share of the KL,
     beyond chance."""
-    excess = abs(float(witness.difference)) - _chance(witness)
+    excess = abs(float(witness.difference)) - _two_errors(witness)
     return not excess <= share * abs(float(witness.kl))
 
 
@@ -349,11 +350,11 @@ def beyond_chance(witness: Witness) -> float:
     r"""The part of the difference $D$ from the estimate by scores that chance $c$, two standard
     errors, cannot account for: $D \max(0, 1 - c^2 / D^2)$, which grows from zero without a jump."""
     difference = float(witness.difference)
-    chance = _chance(witness)
+    chance = _two_errors(witness)
     return difference - chance**2 / difference if abs(difference) > chance else 0.0
 
 
-def _chance(witness: Witness) -> float:
+def _two_errors(witness: Witness) -> float:
     """What chance and rounding may make of no difference."""
     rounding = 64 * float(jnp.finfo(witness.kl.dtype).eps)
     return 2 * float(witness.difference_stderr) + rounding
@@ -367,7 +368,8 @@ def is_normalised(witness: Witness) -> bool:
 
 
 def are_apart(one: Witness, other: Witness) -> bool:
-    """Whether two witnesses disagree beyond chance. False if one of them is NaN."""
+    """Whether two witnesses disagree beyond chance. False if one of them is NaN. Their errors are
+    added as if their noise were not the same, which allows more than chance does."""
     larger = max(abs(float(one.kl)), abs(float(other.kl)))
     error = math.hypot(float(one.kl_stderr), float(other.kl_stderr))
     return abs(float(one.kl) - float(other.kl)) > LARGEST_DIFFERENCE * larger + 2 * error
@@ -375,4 +377,4 @@ def are_apart(one: Witness, other: Witness) -> bool:
 
 def is_vague(witness: Witness) -> bool:
     """Whether the error of a witness is too large to check the KL by scores."""
-    return not float(witness.difference_stderr) <= LARGEST_CHANCE * abs(float(witness.kl))
+    return not float(witness.difference_stderr) <= LARGEST_ERROR * abs(float(witness.kl))
