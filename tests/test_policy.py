@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -151,6 +152,29 @@ def test_controllers_with_times_of_their_own(dtype, getkey):
     assert tree_allclose(log_p, base.log_prob(action), rtol=1e-3, atol=1e-3)
 
 
+@dtypes
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize("solver", [diffrax.Euler(), diffrax.Heun(), diffrax.Tsit5()], ids=repr)
+def test_fixed_steps_are_the_steps_of_a_solve(solver, uneven, dtype, getkey):
+    # With another adjoint the same steps go through `diffrax.diffeqsolve`.
+    ts = jnp.asarray([0.0, 0.1, 0.4, 0.8, 1.0], dtype)
+    controller = diffrax.StepTo(ts=ts) if uneven else diffrax.ConstantStepSize()
+    velocity = shifted_policy(bimodal(dtype)).velocity_field
+    options: Any = dict(solver=solver, stepsize_controller=controller, num_steps=7)
+    plain = ff.FlowPolicy(velocity, (2,), **options)
+    solved = ff.FlowPolicy(velocity, (2,), adjoint=diffrax.DirectAdjoint(), **options)
+    o, z = jr.normal(getkey(), (2,), dtype), jr.normal(getkey(), (2,), dtype)
+
+    @eqx.filter_jit
+    def sample_density_and_slope(z, policy):
+        backwards = lambda a: policy.log_prob(o, a, solver=solver, stepsize_controller=controller)
+        forwards = lambda z: jnp.sum(policy.flow(o, z) ** 2)
+        return policy.flow(o, z), backwards(z), jax.grad(forwards)(z)
+
+    results = [sample_density_and_slope(z, policy) for policy in (plain, solved)]
+    assert tree_allclose(*results, rtol=1e-4 if dtype == jnp.float32 else 1e-10)
+
+
 @pytest.mark.parametrize("ts", [[0, 0.5, 0.4, 1], [0, 2.5, 5, 10], [0.1, 0.5, 1]], ids=str)
 def test_times_that_do_not_lead_from_noise_to_action(ts):
     with pytest.raises(ValueError, match=r"`stepsize_controller=diffrax.StepTo\(ts="):
@@ -165,8 +189,12 @@ def test_steps_that_nothing_can_adapt():
 
 @pytest.mark.parametrize(
     "adjoint, differentiate",
-    [(diffrax.RecursiveCheckpointAdjoint(), jax.jacrev), (diffrax.ForwardMode(), jax.jacfwd)],
-    ids=["reverse", "forward"],
+    [
+        (diffrax.RecursiveCheckpointAdjoint(), jax.jacrev),
+        (diffrax.RecursiveCheckpointAdjoint(), jax.jacfwd),
+        (diffrax.ForwardMode(), jax.jacfwd),
+    ],
+    ids=["reverse", "forward", "forward mode"],
 )
 def test_derivative_of_a_sample(adjoint, differentiate, getkey):
     # Moving the mean of a Gaussian moves every sample along with it, whatever the step size.

@@ -12,7 +12,12 @@ from helpers import correlated, Critic, gaussian, gaussian_kl, shifted_policy
 from scipy import stats
 
 import fisher_flow as ff
-from fisher_flow._refinement._limits import binomial_limit, normal_quantile
+from fisher_flow._refinement._limits import (
+    binomial_limit,
+    error_at_these_observations,
+    normal_quantile,
+)
+from fisher_flow._refinement._witness import absent_witness, beyond_chance
 
 
 pytestmark = pytest.mark.xdist_group("verdict")
@@ -108,6 +113,45 @@ def test_a_policy_without_a_density_is_estimated():
     assert found.verdict is ff.Verdict.estimated
     assert np.isclose(found.kl, 0.25, rtol=0.3)
     assert np.isclose(certify(base, base=policy).kl, 0.25, rtol=0.3)
+
+
+def test_more_actions_are_drawn_until_the_error_is_small(healthy):
+    bent = refined_at(0.97, critic=Critic([0.8, -0.5], dtype, curvature=2.0))
+    options: dict[str, Any] = dict(num_actions=64, num_witnesses=0)
+    few, many = (certify(policy, **options) for policy in (healthy, bent))
+    assert few.num_actions == 64  # a translation, whose KL is the same at every action
+    assert 64 < many.num_actions <= 8 * 64 and many.num_actions % 64 == 0
+    assert many.gains.shape == (many.num_actions,)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+def test_where_nothing_moves_nothing_is_checked(radius):
+    flat = Critic([0.0, 0.0], dtype)
+    found = certify(refined_at(0.97, critic=flat, radius=radius), critic=flat)
+    assert found.verdict is (ff.Verdict.holds if radius == 0 else ff.Verdict.no_gain)
+    assert found.kl == 0 and np.isnan(found.by_density.kl)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_what_chance_accounts_for_is_no_correction(scale):
+    witness = eqx.tree_at(
+        lambda w: w.difference_stderr, absent_witness(jnp.float64), jnp.asarray(scale)
+    )
+    part = lambda d: beyond_chance(
+        eqx.tree_at(lambda w: w.difference, witness, jnp.asarray(d * scale))
+    )
+    assert part(1.9) == part(-1.9) == 0
+    assert 0 < part(2.01) < 0.03 * scale  # no jump
+    assert np.isclose(part(-4), -3 * scale, rtol=1e-9, atol=1e-10)
+    assert np.isclose(part(100), 100 * scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_actions", [1, 4, 64])
+def test_the_error_at_these_observations_leaves_out_how_they_differ(num_actions):
+    means, noise = 3 * jr.normal(jr.key(0), (512, 1)), jr.normal(jr.key(1), (512, num_actions))
+    error = error_at_these_observations(means + noise)
+    deviation = 10**0.5 if num_actions == 1 else 1.0  # one action cannot tell the two apart
+    assert np.isclose(error, deviation / (512 * num_actions) ** 0.5, rtol=0.1)
 
 
 def test_a_steered_policy_is_certified_by_what_acts():

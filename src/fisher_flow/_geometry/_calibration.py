@@ -2,7 +2,6 @@ import math
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.core
@@ -258,18 +257,15 @@ def measure_whitening(
     rows = jnp.arange(num) % length
     observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], observations)
 
-    sampler: Any = flow
-    adapts = isinstance(flow, FlowPolicy) and isinstance(
-        flow.stepsize_controller, diffrax.AbstractAdaptiveStepSizeController
-    )
+    adapts = isinstance(flow, FlowPolicy) and flow.step_times(None) is None
 
     def draw(o, key):
         a = flow.draw(o, key=key)
-        if not adapts:
-            return a.reshape(-1)
-        # The tolerance of the policy may be larger than what an entry varies by.
-        followed = continuous_flow(sampler, a.dtype).draw(o, key=key)
-        return jnp.where(jnp.all(jnp.isfinite(followed)), followed, a).reshape(-1)
+        if isinstance(flow, FlowPolicy) and adapts:
+            # The tolerance of the policy may be larger than what an entry varies by.
+            followed = continuous_flow(flow, a.dtype).draw(o, key=key)
+            a = jnp.where(jnp.all(jnp.isfinite(followed)), followed, a)
+        return a.reshape(-1)
 
     def pair(row):
         o, key = row

@@ -242,7 +242,7 @@ def _measured_with_enough(certified, critic, observations, num_actions, tick, ke
         certified, critic, observations, -(-num_actions // length), jr.fold_in(key, i)
     )
     drawn = draw(0)
-    found = _summarise(certified, drawn)
+    found = _summarise(drawn)
     tick()
     share = float(found["error_here"]) / max(abs(float(found["kl"])), 1e-30)
     if share > RELATIVE_ERROR:
@@ -253,8 +253,9 @@ def _measured_with_enough(certified, critic, observations, num_actions, tick, ke
             parts.append(draw(i))
             tick()
         drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
-        found = _summarise(certified, drawn)
-    return found
+        found = _summarise(drawn)
+    radius = jnp.asarray(_refined(certified).method.radius, found["kl"].dtype)
+    return found | dict(radius=radius)
 
 
 @eqx.filter_jit
@@ -268,7 +269,7 @@ def _draw(certified, critic, observations, num_per_observation, key) -> dict[str
         o, key = row
         keys = jr.split(key, num_per_observation + 1)
         keys, total_key = keys[:-1], keys[-1]
-        of_action = lambda key: _of_action(refined, critic, o, _fractions, key)
+        of_action = lambda key: _of_action(refined, critic, o, key)
         results = lax.map(of_action, keys, batch_size=256)
         if not isinstance(certified, AbstractSelection) and isinstance(policy, FlowPolicy):
             # One map and no choice: the totals are the cost and the gain of the map.
@@ -289,7 +290,7 @@ def _draw(certified, critic, observations, num_per_observation, key) -> dict[str
 
 
 @eqx.filter_jit
-def _summarise(certified, drawn) -> dict[str, Any]:
+def _summarise(drawn) -> dict[str, Any]:
     """The entries of a certificate, from the contributions of single actions."""
     terms = drawn["terms"]
     total_kls, total_gains = drawn["totals"]
@@ -303,7 +304,6 @@ def _summarise(certified, drawn) -> dict[str, Any]:
         kl_stderr=kl_stderrs[_index_of_whole],
         error_here=error_at_these_observations(terms.kl[..., _index_of_whole]),
         kl_predicted=jnp.mean(drawn["predicted"]),
-        radius=jnp.asarray(_refined(certified).method.radius, kls.dtype),
         folded=jnp.mean(terms.folded[..., _index_of_whole], dtype=kls.dtype),
         improvement=improvement,
         improvement_stderr=improvement_stderr,
@@ -322,7 +322,7 @@ def _summarise(certified, drawn) -> dict[str, Any]:
     )
 
 
-def _of_action(refined, critic, o, fractions, key) -> dict[str, Any]:
+def _of_action(refined, critic, o, key) -> dict[str, Any]:
     """The contribution of one action of the policy before the map."""
     policy, method = refined.policy, refined.method
     action_key, metric_key = jr.split(key)
@@ -340,7 +340,7 @@ def _of_action(refined, critic, o, fractions, key) -> dict[str, Any]:
     predicted = method.metric.cost(policy.flow_policy, o, a, field, key=metric_key)
     gain = critic_value(policy, critic, o, a + δ) - critic_value(policy, critic, o, a)
     return dict(
-        terms=jax.vmap(scaled_terms)(jnp.asarray(fractions, a.dtype)),
+        terms=jax.vmap(scaled_terms)(jnp.asarray(_fractions, a.dtype)),
         predicted=jnp.where(jnp.isfinite(predicted), predicted, 0),
         gain=jnp.where(moved, gain, 0),
         non_finite=~finite,

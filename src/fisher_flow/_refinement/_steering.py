@@ -241,11 +241,17 @@ class SteeredPolicy(AbstractFlowPolicy):
 
     def flow(self, observation: Observation, noise: Action) -> Action:
         """Carries a noise to an action, before its bounds."""
-        base, strength = self.velocity_field.flow, self.velocity_field.strength_at(observation)
-        steered = eqx.tree_at(lambda p: p.velocity_field.strength, self, strength).steered_flow
+        field = self.velocity_field
+        strength = field.strength_at(observation)
+        velocity = SteeredVelocity(field.flow, field.guidance, strength)
+        steered = changed(field.flow, velocity=velocity)
         # Without strength it is the flow, to the last bit.
-        flows = [lambda z, flow=flow: flow.flow(observation, z) for flow in (steered, base)]
-        return lax.cond(strength > 0, *flows, noise)
+        return lax.cond(
+            strength > 0,
+            lambda z: steered.flow(observation, z),
+            lambda z: field.flow.flow(observation, z),
+            noise,
+        )
 
     def draw(self, observation: Observation, *, key: PRNGKeyArray) -> Action:
         return self.flow(observation, self.noise(observation, key=key))
