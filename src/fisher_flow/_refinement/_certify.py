@@ -245,7 +245,7 @@ def _measured_with_enough(certified, critic, observations, num_actions, tick, ke
     found = _summarise(drawn)
     tick()
     share = float(found["error_here"]) / max(abs(float(found["kl"])), 1e-30)
-    if share > RELATIVE_ERROR:
+    if RELATIVE_ERROR < share < math.inf:  # a single action has no error to go by
         # Enough for the error that is wanted, if the rest is like the first part.
         num_parts = math.ceil(min(MOST_PARTS, (share / RELATIVE_ERROR) ** 2))
         parts = [drawn]
